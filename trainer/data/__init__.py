@@ -1,0 +1,1 @@
+"""From captioned pictures to batches: records, plan, transforms, loader."""

@@ -1,0 +1,1 @@
+"""The run directory's files, read and written without torch."""
