@@ -29,8 +29,8 @@ class RunView:
 class Hook(Part, home="trainer.hooks"):
     """Something that happens around the steps."""
 
-    def due(self, step: int, max_steps: int) -> bool:
-        """Whether this hook acts after optimizer step `step` (1-based); 0 asks about the start of a new run."""
+    def due(self, step: int, last: bool) -> bool:
+        """Whether this hook acts after optimizer step `step` (1-based); `last` if this process ends after it."""
         return False
 
 
@@ -45,7 +45,7 @@ class MainHook(Hook):
     def on_metrics(self, view: RunView, records: list[dict[str, Any]]) -> None:
         """The metrics lines of the steps since the last call, oldest first; at least every `train.log_every` steps."""
 
-    def after_step(self, view: RunView) -> None:
+    def after_step(self, view: RunView, last: bool) -> None:
         """After each step that `due` names, once its metrics were handed out."""
 
     def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:
@@ -58,8 +58,9 @@ class CollectiveHook(Hook):
     def on_start(self, training: Training) -> None:
         """Before the first step of this start, new or resumed."""
 
-    def after_step(self, training: Training) -> None:
-        """After each step that `due` names."""
+    def measure(self, training: Training) -> dict[str, float]:
+        """What joins the metrics line of a step that `due` names."""
+        return {}
 
-    def on_end(self, training: Training) -> None:
-        """After the last step of a run that was not ended by an error."""
+    def after_step(self, training: Training, last: bool) -> None:
+        """After each step that `due` names, once its metrics were handed out."""

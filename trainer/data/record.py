@@ -25,6 +25,8 @@ class Record:
 class Records(ABC):
     """An opened source: random access by record index. Small to pickle, so that loader workers share it."""
 
+    empty_captions: int = 0  # records with a blank caption: they train the unconditional model
+
     @abstractmethod
     def __len__(self) -> int:
         """How many records there are."""

@@ -14,7 +14,7 @@ from trainer.registry import Part
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -43,7 +43,8 @@ class ModelFamily(Part, home="trainer.models"):
     """Section `model`: the networks to train and how to call them."""
 
     init_from: str | None = Field(
-        None, description="Start from another run's weights: a run folder, or FOLDER@STEP; its EMA weights if it has any."
+        None,
+        description="Start from another run's weights: a run folder, or FOLDER@STEP; its EMA weights if it has any.",
     )
     train_text_encoder: bool = Field(False, description="Train the text encoder together with the UNet.")
     vae_precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -63,7 +64,11 @@ class ModelFamily(Part, home="trainer.models"):
         """The networks, from disk, hub or thin air; `seed` decides every weight that no file does."""
 
     @abstractmethod
-    def tokenize(self, components: Components, captions: Sequence[str]) -> tuple[Tensor, int]:
+    def trainable(self, components: Components) -> dict[str, nn.Module]:
+        """The networks that learn, by the name they have in a checkpoint; all else in `components` is frozen."""
+
+    @abstractmethod
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, int]:
         """Token ids [B, chunks, 77] int64, and how many of the captions had to be cut."""
 
     @abstractmethod
@@ -75,5 +80,5 @@ class ModelFamily(Part, home="trainer.models"):
         """The UNet's answer [B, C, h, w] to noisy latents [B, C, h, w] at model time [B] under `cond` [B, L, D]."""
 
     @abstractmethod
-    def latent_shape(self, components: Components, image_size: int) -> tuple[int, int, int]:
+    def latent_shape(self, vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
         """The shape [C, h, w] of one picture's latents."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from trainer.errors import UserError
 from trainer.models.base import Components, ModelFamily
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from torch import Tensor
-    from transformers import CLIPTextModel
+    from torch import Tensor, nn
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 class UNetClip(ModelFamily):
@@ -25,22 +27,61 @@ class UNetClip(ModelFamily):
         1, ge=1, le=8, description="Chunks of 75 tokens a caption may fill; longer captions are cut, and counted."
     )
 
-    def tokenize(self, components: Components, captions: Sequence[str]) -> tuple[Tensor, int]:
+    def fitting(self, components: Components) -> Components:
+        """`components` as given; raises UserError if they do not fit together or cannot do what the config asks."""
+        unet, latents = components.unet.config["in_channels"], components.vae.config["latent_channels"]
+        if unet != latents:
+            seems = {9: ": an inpainting model", 8: ": an image-editing model", 5: ": a depth model"}.get(unet, "")
+            raise UserError(
+                f"the UNet takes {unet} channels but the VAE makes {latents}{seems}",
+                components.provenance.source,
+                "give a text-to-image model",
+            )
+        text = components.text_encoder.config
+        attends = components.unet.config["cross_attention_dim"]
+        if attends != text.hidden_size:
+            raise UserError(
+                f"the UNet attends to text of width {attends} but the text encoder's is {text.hidden_size}",
+                components.provenance.source,
+                "give a model whose UNet and text encoder were made for each other",
+            )
+        if len(components.tokenizer) > text.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(components.tokenizer)} tokens but the text encoder knows {text.vocab_size}",
+                components.provenance.source,
+                "give a model whose tokenizer and text encoder were made for each other",
+            )
+        if self.clip_skip >= text.num_hidden_layers:
+            raise UserError(
+                f"{self.clip_skip} layers to skip, but the text encoder has {text.num_hidden_layers}",
+                "model.clip_skip",
+                f"at most {text.num_hidden_layers - 1}",
+            )
+        return components
+
+    def trainable(self, components: Components) -> dict[str, nn.Module]:
+        components.vae.requires_grad_(False)
+        components.text_encoder.requires_grad_(self.train_text_encoder)
+        if not self.train_text_encoder:
+            return {"unet": components.unet}
+        # Skipped layers get no gradient, and a wrapper that waits for one from each parameter would wait for ever.
+XX
+            -self.clip_skip or len(components.text_encoder.encoder.layers) :
+        ]:
+            layer.requires_grad_(False)
+        return {"unet": components.unet, "text_encoder": components.text_encoder}
+
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, int]:
         import torch
 
-        tokenizer = components.tokenizer
         length = tokenizer.model_max_length
-        room = self.prompt_chunks * (length - 2)
+        words = length - 2  # beside bos and eos
+        room = self.prompt_chunks * words
         rows, cut = [], 0
         for ids in tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids:
             cut += len(ids) > room
-            chunks = [ids[start : start + length - 2] for start in range(0, room, length - 2)]
-            rows.append(
-                [
-                    ([tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id] + [tokenizer.pad_token_id] * length)[:length]
-                    for chunk in chunks
-                ]
-            )
+            chunks = [ids[start : start + words] for start in range(0, room, words)]
+            rows.append([_padded(tokenizer, chunk, length) for chunk in chunks])
         return torch.tensor(rows, dtype=torch.int64), cut
 
     def encode_text(self, text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
@@ -56,6 +97,11 @@ class UNetClip(ModelFamily):
     def predict(self, unet: UNet2DConditionModel, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         return unet(x_t, time, encoder_hidden_states=cond, return_dict=False)[0]
 
-    def latent_shape(self, components: Components, image_size: int) -> tuple[int, int, int]:
-        factor = 2 ** (len(components.vae.config["block_out_channels"]) - 1)
-        return components.vae.config["latent_channels"], image_size // factor, image_size // factor
+    def latent_shape(self, vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        return vae.config["latent_channels"], image_size // factor, image_size // factor
+
+
+def _padded(tokenizer: CLIPTokenizer, chunk: list[int], length: int) -> list[int]:
+    ids = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+    return ids + [tokenizer.pad_token_id] * (length - len(ids))

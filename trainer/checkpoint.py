@@ -1,0 +1,117 @@
+"""Checkpoints that are whole or absent.
+
+`checkpoint-N.pt` is written to a temporary file, hashed on the way, made durable and renamed; then `checkpoint-N.json`
+with its size and hash follows in the same way. The sidecar commits: without a matching one the checkpoint does not
+exist. Which one is the newest is read from the files and their hashes, never from a pointer or a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.run.files import open_atomic, sha256_file, write_json
+from trainer.run.rundir import RunDir
+
+FORMAT = 1
+
+
+def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the checkpoint of `content["step"]` and return its sidecar; raises OSError if storage fails.
+
+    `facts` join the sidecar: images seen, hashes of config and data, versions.
+    """
+    import torch
+
+    step = content["step"]
+    path = run_dir.checkpoint(step)
+    try:
+        with open_atomic(path) as file:
+            torch.save({"format": FORMAT, **content}, file)  # pyright: ignore[reportArgumentType]
+    except RuntimeError as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(f"writing {path.name} failed: {error}") from error
+    sidecar = {"format": FORMAT, "step": step, "file": path.name, "bytes": file.size_bytes, "sha256": file.sha256()}
+    sidecar |= facts
+    write_json(run_dir.sidecar(step), sidecar)
+    return sidecar
+
+
+def prune_checkpoints(run_dir: RunDir, keep_last: int) -> list[int]:
+    """Remove all but the newest `keep_last` checkpoints and return the steps that are left, oldest first.
+
+    The sidecar goes first, so that a kill in between leaves a file without a sidecar: no checkpoint.
+    """
+    steps = run_dir.checkpoint_steps()
+    for step in steps[:-keep_last]:
+        os.unlink(run_dir.sidecar(step))
+        run_dir.checkpoint(step).unlink(missing_ok=True)
+    return steps[-keep_last:]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose content is what its sidecar says."""
+
+    path: Path
+    sidecar: dict[str, Any]
+
+    def load(self) -> dict[str, Any]:
+        """The content, tensors on the CPU; raises UserError if it is of another format."""
+        import torch
+
+        content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        if content["format"] != FORMAT:
+            raise UserError(f"checkpoint format {content['format']}, this version reads {FORMAT}", str(self.path))
+        return content
+
+
+def fault_of(run_dir: RunDir, step: int) -> str | None:
+    """Why the checkpoint of `step` cannot be used, or None; reads and hashes all of it."""
+    path = run_dir.checkpoint(step)
+    try:
+        sidecar = json.loads(run_dir.sidecar(step).read_text(encoding="utf-8"))
+        expected, size = sidecar["sha256"], sidecar["bytes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its sidecar cannot be read ({error})"
+    if not path.is_file():
+        return "the file is missing"
+    if path.stat().st_size != size:
+        return f"it has {path.stat().st_size} bytes instead of {size}"
+    if sha256_file(path) != expected:
+        return "its sha256 is not the recorded one"
+    return None
+
+
+def find(run_dir: RunDir, step: int) -> Found:
+    """The checkpoint of `step`; raises UserError if there is none or it is damaged."""
+    if not run_dir.sidecar(step).is_file():
+        there = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
+        raise UserError(f"there is no checkpoint of step {step}", str(run_dir.path), f"there are: {there}")
+    if fault := fault_of(run_dir, step):
+        raise UserError(f"checkpoint-{step} is damaged: {fault}", str(run_dir.path), "resume from another one")
+    return Found(run_dir.checkpoint(step), json.loads(run_dir.sidecar(step).read_text(encoding="utf-8")))
+
+
+def find_newest(run_dir: RunDir, say: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint that verifies, or None if there is no sidecar at all; `say` hears what was passed over.
+
+    Raises UserError, naming each, if there are checkpoints and none verifies: starting again at step 0 in silence would
+    throw the run away.
+    """
+    faults: dict[int, str] = {}
+    for step in reversed(run_dir.checkpoint_steps()):
+        fault = fault_of(run_dir, step)
+        if fault is None:
+            for bad, why in faults.items():
+                say(f"checkpoint-{bad} is passed over: {why}; checkpoint-{step} is used")
+            return find(run_dir, step)
+        faults[step] = fault
+    if faults:
+        reasons = "; ".join(f"checkpoint-{step}: {fault}" for step, fault in faults.items())
+        raise UserError(f"no checkpoint verifies: {reasons}", str(run_dir.path), "start again in another --output-dir")
+    return None

@@ -1,0 +1,81 @@
+"""Train a model. `accelerate launch trainer/train.py` and `torchrun trainer/train.py` take the same options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from trainer.config_file import load_config
+from trainer.errors import UserError
+from trainer.preflight import Preflight, preflight
+from trainer.resume import refuse_second_run
+from trainer.run.rundir import RunDir
+
+EXAMPLE = "difftrain train --config configs/from_scratch.yaml --set train.max_steps=1000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` takes; `add_config_arguments` is shared with the other commands that read a config."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="WHAT",
+        help="none (default): a new run; auto: go on if there is a checkpoint; latest: there must be one; or a path",
+    )
+    parser.add_argument(
+        "--allow-change",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY",
+        help="config keys that may differ from the checkpoint's although they change what a step computes",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="do one real step, print what it needs, leave nothing")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that reads a config."""
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML config")
+    parser.add_argument("--output-dir", metavar="FOLDER", help="the run directory; overrides train.output_dir")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override config values, for example train.max_steps=100 model.kind=tiny",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end: 0. Raises the RunEnd of every other ending."""
+    checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
+    from trainer.launch import dry_run, launch
+
+    if args.dry_run:
+        dry_run(checked)
+    else:
+        launch(checked, run_dir, args.resume, args.allow_change)
+    return 0
+
+
+def check(args: argparse.Namespace, new_run: bool, writes: bool = True) -> tuple[Preflight, RunDir]:
+    """Everything that can be refused before torch is imported; every rank of a node finds the same faults."""
+    try:
+        say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
+        loaded = load_config(args.config, args.overrides, args.output_dir, say)
+        run_dir = RunDir(loaded.config.train.output_dir or "")
+        if writes:
+            run_dir.check_writable()
+        if writes and new_run:
+            refuse_second_run(run_dir)
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return preflight(loaded, rank, world_size), run_dir
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # the first rank of this node says it, and ends the job
+        raise

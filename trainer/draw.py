@@ -1,0 +1,41 @@
+"""Pictures from a finished or running run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config import Config
+from trainer.grid import labelled_grid
+from trainer.latents import OnlineVae
+from trainer.runtime import Runtime
+from trainer.sampler import Sampler
+from trainer.training import load_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def draw(
+    config: Config, run: Path, prompts: Sequence[str], seed: int, steps: int, guidance: float, averaged: bool
+) -> tuple[int, Image]:
+    """The step of the weights, and the picture of one prompt or the labelled grid of several.
+
+    `run` is FOLDER or FOLDER@STEP. Raises UserError as loading does.
+    """
+    runtime = Runtime("fp32" if config.train.precision == "fp16" else config.train.precision, deterministic=False)
+    components = config.model.load(config.train.seed)
+    modules = config.model.trainable(components)
+    step = load_weights(modules, str(run), averaged)
+    for network in (components.unet, components.text_encoder, components.vae):
+        network.to(runtime.device).eval()  # pyright: ignore
+    vae = OnlineVae(components.vae, config.model.vae_precision)
+    sampler = Sampler(config.model, components, config.objective, vae, config.data.image_size, steps, guidance)
+    with runtime.autocast():
+        pictures = sampler.draw(prompts, seed, range(len(prompts)))
+    if len(pictures) == 1:
+        return step, pictures[0]
+    weights = "EMA" if averaged and config.ema else "current"
+    title = f"step {step} · {weights} weights · {steps} steps · guidance {guidance:g} · seed {seed}"
+    return step, labelled_grid(pictures, prompts, title)

@@ -1,0 +1,40 @@
+"""The loss on held-out records, with noise and times that never change, so that two values can be compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.hook import CollectiveHook
+
+if TYPE_CHECKING:
+    from trainer.training import Training
+
+
+class HeldOutLoss(CollectiveHook):
+    """Adds `validation_loss`, the unweighted mean over the held-out records with the averaged weights, to the metrics."""
+
+    every_steps: int
+
+    def due(self, step: int, last: bool) -> bool:
+        return last or step % self.every_steps == 0
+
+    @torch.no_grad()
+    def measure(self, training: Training) -> dict[str, float]:
+        runtime, objective, held_out = training.runtime, training.config.objective, training.held_out
+        assert held_out is not None, "this hook is only made when records are held out"
+        micro, count = training.topology.micro_batch, held_out.global_batch
+        starts = range(runtime.rank * micro, count, runtime.world_size * micro)
+        total = torch.zeros((), device=runtime.device)
+        training.model.eval()
+        with training.state.averaged(), runtime.autocast():
+            for start in starts:
+                batch = held_out.batch(list(range(start, min(start + micro, count)))).to(runtime.device)
+                x_t, target = objective.corrupt(training.vae.latents(batch), batch.eps, batch.t)
+                components = training.components
+                cond = training.config.model.encode_text(components.text_encoder, batch.tokens)
+                pred = training.config.model.predict(components.unet, x_t, objective.model_time(batch.t), cond)
+                total += objective.loss(pred, target).sum()
+        training.model.train()
+        return {"validation_loss": runtime.sum(total).item() / count}

@@ -1,0 +1,66 @@
+"""The hooks that every run has, in the order in which they act."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from trainer.hook import Hook
+from trainer.hooks.checkpointing import Checkpointing
+from trainer.hooks.held_out_loss import HeldOutLoss
+from trainer.hooks.manifest import ManifestFile
+from trainer.hooks.metrics import Metrics
+from trainer.hooks.progress import Progress
+from trainer.hooks.sample_grid import SampleGrid
+from trainer.preflight import Preflight
+from trainer.resume import differences
+from trainer.run.environment import snapshot
+
+if TYPE_CHECKING:
+    from trainer.checkpoint import Found
+    from trainer.training import Training
+
+
+def standard_hooks(checked: Preflight, training: Training, start: Found | None) -> list[Hook]:
+    """Truth first (manifest, metrics), then what may fail, then the config's own hooks."""
+    config, runtime = training.config, training.runtime
+    facts = checked.manifest_facts([sys.argv[0], *sys.argv[1:]], training.components.provenance)
+    saved = start.load()["config"] if start else None
+    changed = differences(saved, config.model_dump(mode="json")) if saved else {}
+    hooks: list[Hook] = []
+    if runtime.is_main:
+        hooks += [
+            ManifestFile(
+                facts=facts,
+                environment=snapshot(runtime.device_facts()),
+                resolved_config=config.to_yaml(),
+                config_changes={key: {"was": old, "now": new} for key, (old, new) in changed.items()},
+                checkpoint_every=config.checkpoint.every_steps,
+            ),
+            Metrics(),
+            Progress(),
+        ]
+    sidecar = {
+        "config_sha256": facts["config"]["resolved_sha256"],
+        "data_fingerprint": checked.data_fingerprint,
+        "versions": {name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")},
+    }
+    validation = config.validation
+    if validation is not None and training.held_out is not None:
+        hooks.append(HeldOutLoss(every_steps=validation.every_steps))
+    hooks.append(
+        Checkpointing(
+            every_steps=config.checkpoint.every_steps, keep_last=config.checkpoint.keep_last, sidecar_facts=sidecar
+        )
+    )
+    if validation is not None and validation.prompts:
+        hooks.append(SampleGrid(**validation.model_dump(exclude={"max_records"})))
+    return [*hooks, *config.hooks]
+
+
+def _version(package: str) -> Any:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # an uninstalled checkout of difftrain
+        return None

@@ -1,0 +1,57 @@
+"""Pictures to latents and back (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from torch import Tensor
+
+    from trainer.data.loader import Batch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class LatentSource(Protocol):
+    """Where a batch's clean latents come from."""
+
+    def latents(self, batch: Batch) -> Tensor:
+        """x0 [B, C, h, w] float32 of the batch's pictures, about unit variance."""
+        ...
+
+
+class OnlineVae:
+    """Encodes on the fly with a frozen VAE, in its own precision whatever the step's."""
+
+    def __init__(self, vae: AutoencoderKL, precision: str):
+        self.vae = vae.requires_grad_(False).eval()
+        torch.nn.Module.to(vae, DTYPES[precision])  # diffusers' own `to` warns about nothing
+        self.scale = vae.config["scaling_factor"]
+        self.shift = vae.config.get("shift_factor") or 0.0
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        return self.encode(batch.pixels, batch.posterior_eps)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, posterior_eps: Tensor) -> Tensor:
+        """A sample of the posterior, [B, C, h, w] float32, from pixels [B, 3, H, W] and its noise [B, C, h, w]."""
+        with self._own_precision(pixels):
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist  # pyright: ignore
+        x0 = posterior.mean.float() + posterior.std.float() * posterior_eps
+        return (x0 - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] float32 in [-1, 1] from latents [B, C, h, w]."""
+        with self._own_precision(x0):
+            latents = (x0 / self.scale + self.shift).to(self.vae.dtype)
+            pixels = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore
+        return pixels.float().clamp(-1, 1)
+
+    def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(like.device.type, enabled=False)  # pyright: ignore

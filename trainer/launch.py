@@ -1,0 +1,192 @@
+"""From a checked run to its end: ranks up, state built or resumed, hooks around the loop, a last word."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainer import loop
+from trainer.checkpoint import Found
+from trainer.errors import UserError
+from trainer.hooks.progress import duration
+from trainer.hooks.standard import standard_hooks
+from trainer.preflight import Preflight
+from trainer.resume import choose_start, refuse_changes
+from trainer.run.metrics import MetricsLog
+from trainer.run.metrics import read as read_metrics
+from trainer.run.rundir import RunDir
+from trainer.runtime import Runtime
+from trainer.stop import StopRequest
+from trainer.training import Training, assemble
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
+    """Train to the last step; raises the RunEnd of every other ending."""
+    config = checked.config
+    started = time.monotonic()
+    runtime = Runtime(config.train.precision, config.train.deterministic)
+    say = print if runtime.is_main else _silent
+    stop = StopRequest()
+    try:
+        start = runtime.from_main(lambda: _start(checked, run_dir, resume, allowed, say))
+        for line in checked.equations():
+            say(line)
+        if idle := runtime.idle_gpus():
+            say(f"note   {idle} GPUs of this machine stay idle: accelerate launch --multi_gpu trainer/train.py uses them")
+        training = assemble(checked, runtime, run_dir, start)
+        for line in describe(training):
+            say(line)
+        first = training.state.step
+        loop.run(training, standard_hooks(checked, training, start), stop, say)
+        _last_word(training, first, time.monotonic() - started, say)
+    finally:
+        stop.close()
+        runtime.close()
+
+
+def _start(
+    checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say
+) -> Found | None:
+    """Rank 0: choose the checkpoint to go on from, and prepare the folder."""
+    start = choose_start(run_dir, resume, say)
+    if start is not None:
+        refuse_changes(start.load()["config"], checked.config, allowed, say)
+        if start.sidecar["step"] > checked.config.train.max_steps:
+            raise UserError(
+                f"the checkpoint is of step {start.sidecar['step']}, past the last step",
+                checked.loaded.where("train.max_steps"),
+                "raise train.max_steps",
+            )
+        say(f"resume {start.path} at step {start.sidecar['step']}")
+    run_dir.create()
+    for stray in run_dir.sweep():
+        say(f"note   removed {stray}, left half-written by a killed run")
+    if start is not None and start.path.parent.resolve() != run_dir.path.resolve():
+        # A branch of another run: its history up to here belongs to this one.
+        log = MetricsLog(run_dir.metrics)
+        log.rewind(0)
+        log.append(read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]])
+        log.sync()
+    return start
+
+
+def describe(training: Training) -> list[str]:
+    """What was built, as lines for the start of a run."""
+    config, runtime = training.config, training.runtime
+    parts = {"unet": training.components.unet, "text encoder": training.components.text_encoder}
+    sizes = [f"{name} {_count(module)}" for name, module in parts.items()]
+    source = training.components.provenance
+    revision = f"@{source.revision}" if source.revision else ""
+    lr = config.lr
+    return [
+        f"model  {source.source}{revision}: {', '.join(sizes)}, vae {_count(training.components.vae)} "
+        f"in {config.model.vae_precision}",
+        f"loss   {config.objective.kind}, {config.weighting.kind} weighting, {config.timesteps.kind} timesteps; "
+        f"{config.optimizer.kind}, {lr.kind} lr {lr.peak:g} after {lr.warmup_steps} warm-up steps",
+        f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
+        f"{', deterministic' if config.train.deterministic else ''}",
+        f"output {training.run_dir.path}",
+    ]
+
+
+def _count(module: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in module.parameters())
+    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    state = "trained" if trainable == total else "frozen" if trainable == 0 else f"of which {trainable / 1e6:.3g} M trained"
+    return f"{total / 1e6:.3g} M {state}"
+
+
+def _last_word(training: Training, first: int, seconds: float, say: loop.Say) -> None:
+    state, run_dir, train = training.state, training.run_dir, training.config.train
+    steps = state.step - first
+    images = steps * train.global_batch_size
+    rows = {
+        "steps": f"{steps} ({first} -> {state.step})",
+        "images": f"{images}",
+        "images/s": f"{images / seconds:.4g} (start-up, saving and sampling included)",
+        "wall time": duration(seconds),
+        "checkpoint": str(run_dir.checkpoint(state.step)),
+        "metrics": str(run_dir.metrics),
+        "go on with": resume_command(),
+    }
+    samples = run_dir.sample(state.step)
+    if samples.is_file():
+        rows["samples"] = str(samples)
+    for name, value in rows.items():
+        say(f"  {name:11} {value}")
+
+
+def resume_command() -> str:
+    """The command line of this process with `--resume auto` in place of its own."""
+    arguments = list(sys.argv[1:])
+    while "--resume" in arguments:
+        at = arguments.index("--resume")
+        del arguments[at : at + 2]
+    arguments = [argument for argument in arguments if not argument.startswith("--resume=")]
+    program = os.path.basename(sys.argv[0])
+    if program.endswith(".py"):  # trainer/train.py or a script: the path as it was given
+        program = f"accelerate launch {sys.argv[0]}" if "LOCAL_RANK" in os.environ else f"python {sys.argv[0]}"
+    if program.endswith("__main__.py"):
+        program = "python -m trainer"
+    return " ".join([program, *map(shlex.quote, arguments), "--resume auto"])
+
+
+def dry_run(checked: Preflight) -> None:
+    """Do one real step and print what it took, part by part; nothing is written."""
+    from trainer.step import train_step
+
+    config = checked.config
+    runtime = Runtime(config.train.precision, config.train.deterministic)
+    say = print if runtime.is_main else _silent
+    try:
+        for line in checked.equations():
+            say(line)
+        training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None)
+        for line in describe(training)[:-1]:
+            say(line)
+        say("dry run: one step")
+        started = time.monotonic()
+        result = train_step(training, training.batches(0, 1))
+        loss, norm = result.sums[0].item(), result.grad_norm.item()
+        say(f"  loss {loss:.4f}, gradient norm {norm:.4g}, {time.monotonic() - started:.1f} s (the first step is slow)")
+        parts = memory_by_part(training)
+        for name, size in parts.items():
+            say(f"  {name:34} {size / 2**30:8.3f} GiB")
+        say(f"  {'known parts together':34} {sum(parts.values()) / 2**30:8.3f} GiB")
+        say(f"  {'peak of rank 0, measured':34} {runtime.peak_memory_bytes() / 2**30:8.3f} GiB")
+        say("nothing was written")
+    finally:
+        runtime.close()
+
+
+def memory_by_part(training: Training) -> dict[str, int]:
+    """Bytes that each part of the state holds on this rank after a step; activations come on top at the peak."""
+    import torch
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+
+    state, components = training.state, training.components
+    weights = list(state.weights().values())
+    trained = {id(weight) for weight in weights}
+    frozen = [p for p in (*components.unet.parameters(), *components.text_encoder.parameters()) if id(p) not in trained]
+    optimizer = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return {
+        "trained weights": size(weights),
+        "gradients": size(weight.grad for weight in weights),
+        f"optimizer ({training.config.optimizer.kind})": size(optimizer),
+        "EMA": size(state.ema.average.values()) if state.ema else 0,
+        "frozen UNet and text encoder": size(frozen),
+        "VAE": size(components.vae.parameters()),
+    }
+
+
+def _silent(line: str) -> None:
+    """The other ranks' voice."""

@@ -1,0 +1,162 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.errors import Diverged, RunEnd, Stopped
+from trainer.hook import CollectiveHook, Hook, MainHook, RunView
+from trainer.step import StepResult, train_step
+
+if TYPE_CHECKING:
+    from trainer.stop import StopRequest
+    from trainer.training import Training
+
+Say = Callable[[str], None]
+
+
+def run(training: Training, hooks: Sequence[Hook], stop: StopRequest, say: Say) -> None:
+    """Train to the last step; raises Stopped, Diverged or StorageFailed for the other ways a run can end."""
+    crew = Crew(training, hooks, say)
+    try:
+        crew.start()
+        _steps(training, crew, stop)
+    except RunEnd as end:
+        crew.end(end.state, end.exit_code, str(end))
+        raise
+    except BaseException as error:
+        crew.end("failed", 1, f"{type(error).__name__}: {error}")
+        raise
+    crew.end("done", 0, f"{training.state.step} steps")
+
+
+def _steps(training: Training, crew: Crew, stop: StopRequest) -> None:
+    train, state = training.config.train, training.state
+    batches = training.batches(state.step, train.max_steps)
+    pending = PendingMetrics(training)
+    while state.step < train.max_steps:
+        started = time.perf_counter()
+        result = train_step(training, batches)
+        pending.add(result, time.perf_counter() - started)
+        stopping = training.runtime.any(bool(stop))
+        last = stopping or state.step == train.max_steps
+        collective = crew.collective_due(last)
+        if last or collective or state.step % train.log_every == 0:
+            crew.metrics(pending.drain(crew.measure(collective)))
+        crew.after_step(collective, last)
+        if pending.bad_steps >= train.max_bad_steps:
+            raise Diverged(
+                f"the gradient was not finite in {pending.bad_steps} steps in a row, the last is step {state.step}"
+            )
+        if stopping and state.step < train.max_steps:
+            raise Stopped(f"stopped by a signal after step {state.step}, saved")
+
+
+class PendingMetrics:
+    """Steps whose numbers are still on the device; one wait brings them all to the host."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.results: list[StepResult] = []
+        self.seconds = 0.0
+        self.bad_steps = 0  # in a row, up to the last drain
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Remember a step that took `seconds` of the host's time."""
+        self.results.append(result)
+        self.seconds += seconds
+
+    def drain(self, measured: dict[str, Any]) -> list[dict[str, Any]]:
+        """One metrics line per step since the last drain; `measured` joins the last one."""
+        if not self.results:
+            return []
+        started = time.perf_counter()
+        numbers = torch.stack([torch.stack([*r.sums, r.grad_norm, r.skipped]) for r in self.results]).tolist()
+        batch = self.training.topology.global_batch
+        per_step = (self.seconds + time.perf_counter() - started) / len(self.results)
+        memory = self.training.runtime.peak_memory_bytes()
+        lines = []
+        for result, (loss, cut, grad_norm, skipped) in zip(self.results, numbers, strict=True):
+            self.bad_steps = self.bad_steps + 1 if skipped else 0
+            lines.append(
+                {
+                    "step": result.step,
+                    "loss": loss,
+                    "lr": result.lr,
+                    "grad_norm": grad_norm,
+                    "skipped": bool(skipped),
+                    "captions_cut": int(cut),
+                    "images_seen": result.step * batch,
+                    "timing": {
+                        "step_seconds": per_step,
+                        "data_wait_seconds": result.data_wait_seconds,
+                        "images_per_second": batch / per_step,
+                        "peak_memory_bytes": memory,
+                    },
+                }
+            )
+        lines[-1] |= measured
+        self.results, self.seconds = [], 0.0
+        return lines
+
+
+class Crew:
+    """The hooks of a run. A main hook that fails is disabled with one warning, unless it is essential."""
+
+    def __init__(self, training: Training, hooks: Sequence[Hook], say: Say):
+        self.training, self.say = training, say
+        self.main = [hook for hook in hooks if isinstance(hook, MainHook)] if training.runtime.is_main else []
+        self.collective = [hook for hook in hooks if isinstance(hook, CollectiveHook)]
+        self.config = training.config.model_dump(mode="json")
+
+    def view(self) -> RunView:
+        """What rank 0's hooks may know now."""
+        training = self.training
+        return RunView(training.run_dir.path, training.state.step, training.config.train.max_steps, self.config)
+
+    def start(self) -> None:
+        """Before the first step of this start."""
+        self._each_main(lambda hook, view: hook.on_start(view))
+        for hook in self.collective:
+            hook.on_start(self.training)
+
+    def collective_due(self, last: bool) -> list[CollectiveHook]:
+        """The collective hooks that act after this step: the same on every rank."""
+        return [hook for hook in self.collective if hook.due(self.training.state.step, last)]
+
+    def measure(self, hooks: Sequence[CollectiveHook]) -> dict[str, Any]:
+        """What `hooks` add to this step's metrics line."""
+        measured: dict[str, Any] = {}
+        for hook in hooks:
+            measured |= hook.measure(self.training)
+        return measured
+
+    def metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Hand out metrics lines."""
+        self._each_main(lambda hook, view: hook.on_metrics(view, lines))
+
+    def after_step(self, collective: Sequence[CollectiveHook], last: bool) -> None:
+        """After a step, its metrics handed out."""
+        for hook in collective:
+            hook.after_step(self.training, last)
+        step = self.training.state.step
+        self._each_main(lambda hook, view: hook.after_step(view, last) if hook.due(step, last) else None)
+
+    def end(self, state: str, exit_code: int, reason: str) -> None:
+        """After the run, however it ended."""
+        self._each_main(lambda hook, view: hook.on_end(view, state, exit_code, reason))
+
+    def _each_main(self, act: Callable[[MainHook, RunView], None]) -> None:
+        for hook in list(self.main):
+            try:
+                act(hook, self.view())
+            except Exception as error:
+                if hook.essential:
+                    raise
+                self.main.remove(hook)
+                self.say(f"warning: {type(hook).__name__} failed and is switched off: {type(error).__name__}: {error}")
+

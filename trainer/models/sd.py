@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+
+from trainer.errors import UserError
+from trainer.models.base import Components, Provenance
+from trainer.models.folder import CONVERT, STEMS, chosen_variants, load_diffusers_folder, weight_files
+from trainer.models.hub import fetch_folder
+from trainer.models.single_file import check_single_file, load_single_file
+from trainer.models.unet_clip import UNetClip
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+
+class StableDiffusion(UNetClip):
+    """Stable Diffusion 1.x and 2.x (Rombach et al. 2022): from the hub, a diffusers folder, or one original file."""
+
+    kind = "sd"
+
+    pretrained: str = Field(
+        min_length=1, description="A hub id, a local diffusers folder, or one .safetensors file in the original layout."
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Branch, tag or commit of a hub model; the default is its main branch."
+    )
+    variant: str | None = Field(
+        None,
+        pattern=r"^[\w-]+$",
+        description="Weights to take where a component has them, as `fp16`, `non_ema`; the default is the plain ones.",
+    )
+
+    @property
+    def path(self) -> Path:
+        """Where the weights are if they are local; on the hub if there is nothing."""
+        return Path(self.pretrained).expanduser()
+
+    def check(self) -> None:
+        suffix = self.path.suffix.lower()
+        if self.path.is_dir():
+            self._refuse("revision", "a local folder has only one")
+            chosen_variants(self.path, self.variant)
+        elif suffix in PICKLES:
+            raise UserError(f"{suffix} files can run code when they are read", self.pretrained, CONVERT)
+        elif self.path.exists() and suffix != ".safetensors":
+            raise UserError(
+                "this is neither a folder nor a .safetensors file",
+                self.pretrained,
+                "give one, or the id of a hub model",
+            )
+        elif self.path.exists():
+            self._refuse("revision", "a single file has only one")
+            self._refuse("variant", "a single file has only one")
+            check_single_file(self.path)
+        elif suffix == ".safetensors" or not HUB_ID.fullmatch(self.pretrained):
+            raise UserError(
+                f"{self.pretrained!r} does not exist" + (", and is no hub id" if suffix != ".safetensors" else ""),
+                "model.pretrained",
+                "give a hub id as ORG/NAME, a diffusers folder, or a .safetensors file",
+            )
+
+    def provenance(self) -> Provenance:
+        if self.path.is_dir():
+            chosen = chosen_variants(self.path, self.variant)
+            files = [file for name in STEMS for file in weight_files(self.path, name, chosen[name])]
+            return Provenance(
+                self.pretrained, files={file.relative_to(self.path).as_posix(): sha256(file) for file in files}
+            )
+        if self.path.is_file():
+            return Provenance(self.pretrained, files={self.path.name: sha256(self.path)})
+        return Provenance(self.pretrained, self.revision)
+
+    def load(self, seed: int) -> Components:
+        """The pretrained networks; the seed decides nothing, for every weight comes from a file."""
+        self.check()
+        if self.path.is_file():
+            components = load_single_file(self.path)
+        elif self.path.is_dir():
+            components = load_diffusers_folder(self.path, self.variant)
+        else:
+            folder = fetch_folder(self.pretrained, self.revision, self.variant)
+            components = load_diffusers_folder(folder, self.variant)
+            # The hub's cache names a snapshot after its commit: `main` moves on, a commit does not.
+            return self.fitting(replace(components, provenance=Provenance(self.pretrained, folder.name)))
+        return self.fitting(replace(components, provenance=self.provenance()))
+
+    def _refuse(self, key: str, why: str) -> None:
+        if getattr(self, key) is not None:
+            raise UserError(f"{key} means nothing for {self.pretrained}: {why}", f"model.{key}", "leave it out")
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file in hex, read once as long as its size and time stay the same."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

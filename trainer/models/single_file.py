@@ -1,0 +1,223 @@
+"""One `.safetensors` file in the original (latent diffusion) layout, read offline with the configs shipped here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+from trainer.models.base import Components, Provenance
+from trainer.models.clip_bpe import clip_tokenizer, openai_merges
+from trainer.models.folder import read_json, reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTextModel
+
+CONFIGS = Path(__file__).parent / "sd_configs"
+CONFIG_BY_WIDTH = {768: "sd15", 1024: "sd21"}
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    shapes: dict[str, tuple[int, ...]]  # of each tensor, by name
+    metadata: dict[str, str]
+
+    def has(self, *prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in self.shapes)
+
+    def text_width(self) -> int | None:
+        """The width of the text that the UNet attends to; none if it attends to none."""
+        for name, shape in self.shapes.items():
+            if name.startswith(UNET) and name.endswith("attn2.to_k.weight"):
+                return shape[1]
+        return None
+
+
+def load_single_file(path: Path) -> Components:
+    """The components in fp32 on the CPU, by the shipped config that fits the file."""
+    return load_original(path, CONFIGS / check_single_file(path))
+
+
+def check_single_file(path: Path) -> str:
+    """The name of the config that fits, from the file's header alone; raises UserError if it is something else."""
+    header = read_header(path)
+    _refuse_other_layouts(header, path)
+    width = header.text_width()
+    if width not in CONFIG_BY_WIDTH:
+        raise UserError(
+            f"the UNet attends to text of width {width}; that of Stable Diffusion 1.x is 768 wide, of 2.x 1024",
+            str(path),
+            "give a Stable Diffusion 1.x or 2.x file",
+        )
+    return CONFIG_BY_WIDTH[width]
+
+
+def load_original(path: Path, config_dir: Path) -> Components:
+    """The components in fp32 on the CPU, as the config files in `config_dir` describe them.
+
+    One component is read after the other: the most memory taken at once is the model and one copy of a part of it.
+    `prediction_type` is left out of the scheduler's config where neither the file nor the config says it: a 2.x file
+    does not show whether it was trained to predict noise (2.x-base) or v (2.x-768).
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    header = read_header(path)
+    _refuse_other_layouts(header, path)
+    scheduler = read_json(config_dir / "scheduler" / "scheduler_config.json")
+    if said := header.metadata.get("modelspec.prediction_type"):
+        scheduler["prediction_type"] = {"v": "v_prediction"}.get(said, said)
+    return Components(
+        unet=_from_original(UNet2DConditionModel, path, UNET, config_dir, "unet"),
+        vae=_from_original(AutoencoderKL, path, VAE, config_dir, "vae"),
+        text_encoder=_text_encoder(path, config_dir),
+        tokenizer=clip_tokenizer(
+            openai_merges(), read_json(config_dir / "tokenizer" / "tokenizer_config.json")["pad_token"]
+        ),
+        scheduler=scheduler,
+        provenance=Provenance(str(path)),
+    )
+
+
+def read_header(path: Path) -> Header:
+    """The header; raises UserError if this is no safetensors file, or one that was cut short."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        content = file.read(length) if 2 <= length <= min(size - 8, 100_000_000) else b""
+    try:
+        header = json.loads(content)
+        metadata = header.pop("__metadata__", {})
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("this is no safetensors file", str(path), "download it again, or convert it") from None
+    if end > size:
+        raise UserError(f"the file was cut short: {size} of {end} bytes", str(path), "download it again")
+    return Header(shapes, metadata)
+
+
+def _refuse_other_layouts(header: Header, path: Path) -> None:
+    def refuse(what: str, fix: str) -> None:
+        raise UserError(what, str(path), fix)
+
+    base = "give the full file of a Stable Diffusion 1.x or 2.x model"
+    if any(re.search(r"lora_|\.lora\.|hada_|lokr_", name) for name in header.shapes):
+        refuse("this seems to be a LoRA, not a whole model", base)
+    if header.has("conditioner.embedders."):
+        refuse("this seems to be SDXL", "kind `sd` takes only Stable Diffusion 1.x and 2.x")
+    if header.has("control_model.", "controlnet_cond_embedding."):
+        refuse("this seems to be a ControlNet, not a whole model", base)
+    if header.has("emb_params", "string_to_param"):
+        refuse("this seems to be a textual inversion embedding, not a whole model", base)
+    part = {"the UNet": "down_blocks.", "the VAE": "encoder.", "the text encoder": "text_model."}
+    for name, prefix in part.items():
+        if header.has(prefix) and not header.has(UNET):
+            refuse(
+                f"this seems to be {name} alone, not a whole model in the original layout",
+                "for a model in the diffusers layout give its folder, the one that holds unet/",
+            )
+    if not header.has(UNET):
+        refuse("there is no UNet (model.diffusion_model.*) in this file", base)
+    if not header.has(UNET + "input_blocks."):
+        refuse("the network in this file is not the UNet of Stable Diffusion; it may be SD3, Flux or the like", base)
+    if not header.has(VAE):
+        refuse("there is no VAE (first_stage_model.*) in this file", "merge one into it, or give a full file")
+    if not header.has(CLIP, OPEN_CLIP):
+        refuse("there is no text encoder (cond_stage_model.*) in this file", "merge one into it, or give a full file")
+
+
+def _from_original(cls: Any, path: Path, prefix: str, config_dir: Path, name: str) -> Any:
+    import torch
+
+    with reading(f"the {name}", path):
+        network = cls.from_single_file(
+            _tensors(path, prefix),
+            config=str(config_dir),  # without a local folder diffusers asks the hub for its config
+            subfolder=name,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+        )
+    if missing := [key for key, value in network.state_dict().items() if value.is_meta]:
+        _refuse_incomplete(path, name, missing)
+    return network
+
+
+def _text_encoder(path: Path, config_dir: Path) -> CLIPTextModel:
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with reading("the text encoder", path):
+        config = CLIPTextConfig.from_pretrained(str(config_dir), subfolder="text_encoder", local_files_only=True)
+        tensors = _tensors(path, CLIP)
+        weights = (
+            {key.removeprefix(CLIP).removeprefix("text_model."): value for key, value in tensors.items()}
+            if tensors
+            else from_open_clip(_tensors(path, OPEN_CLIP))
+        )
+        with torch.device("meta"):
+            encoder = CLIPTextModel(config)
+        wanted = encoder.state_dict().keys()
+        if missing := sorted(wanted - weights.keys()):
+            _refuse_incomplete(path, "text encoder", missing)
+        encoder.load_state_dict({key: weights[key] for key in wanted}, assign=True)
+    positions = torch.arange(config.max_position_embeddings)[None]
+    encoder.embeddings.register_buffer("position_ids", positions, persistent=False)  # it is in no state dict
+    return encoder.eval()
+
+
+def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's text tower under the names of transformers, its joint q, k, v taken apart."""
+    names = {
+        f"{OPEN_CLIP}positional_embedding": "embeddings.position_embedding.weight",
+        f"{OPEN_CLIP}token_embedding.weight": "embeddings.token_embedding.weight",
+        f"{OPEN_CLIP}ln_final.weight": "final_layer_norm.weight",
+        f"{OPEN_CLIP}ln_final.bias": "final_layer_norm.bias",
+    }
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key in names:
+            out[names[key]] = value
+        elif match := re.fullmatch(
+            rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", key
+        ):
+            layer, part, kind = f"encoder.layers.{match[1]}", match[2], match[3]
+            if part == "attn.in_proj":
+                for letter, third in zip("qkv", value.chunk(3), strict=True):
+                    out[f"{layer}.self_attn.{letter}_proj.{kind}"] = third.clone()
+            elif part in parts:
+                out[f"{layer}.{parts[part]}.{kind}"] = value
+    return out
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix`, as fp32 copies that no longer hang on the file, with their full names."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
+
+
+def _refuse_incomplete(path: Path, name: str, missing: list[str]) -> None:
+    raise UserError(
+        f"the file lacks {len(missing)} tensors of the {name}, the first {missing[0]}",
+        str(path),
+        "download it again, or give a full file of a Stable Diffusion 1.x or 2.x model",
+    )

@@ -1,0 +1,89 @@
+"""Everything about a run that can be known, and refused, before torch is imported or a weight is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.config import Config
+from trainer.config_file import LoadedConfig
+from trainer.data.plan import split
+from trainer.data.record import Records
+from trainer.data.topology import Topology, deal
+from trainer.errors import UserError
+from trainer.models.base import Provenance
+from trainer.run.manifest import config_facts, run_facts
+from trainer.run.provenance import git_facts
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A checked config with its opened data and dealt batch."""
+
+    loaded: LoadedConfig
+    records: Records
+    training_indices: Sequence[int]
+    held_out_indices: Sequence[int]
+    topology: Topology
+    provenance: Provenance
+    data_fingerprint: str
+
+    @property
+    def config(self) -> Config:
+        """The checked config."""
+        return self.loaded.config
+
+    def equations(self) -> list[str]:
+        """Every derived number of the run, as a user can check it."""
+        train, data, deal = self.config.train, self.config.data, self.topology
+        images, epoch = train.max_steps * train.global_batch_size, len(self.training_indices)
+        ranks = f"{deal.world_size} rank{'s' * (deal.world_size > 1)}"
+        return [
+            f"data   {len(self.records)} records = {epoch} to train on + {len(self.held_out_indices)} held out "
+            f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
+            f"batch  {deal.global_batch} images = {deal.micro_batch} images x {ranks} x {deal.accumulation} accumulation",
+            f"run    {train.max_steps} steps x {deal.global_batch} images = {images} images = {images / epoch:.4g} epochs",
+        ]
+
+    def manifest_facts(self, command: Sequence[str], provenance: Provenance | None = None) -> dict[str, Any]:
+        """What run_manifest.json says of this start; `provenance` is what loading the model found out beyond ours."""
+        train, deal, model = self.config.train, self.topology, provenance or self.provenance
+        return run_facts(
+            command=command,
+            config=config_facts(self.loaded.path, self.loaded.text, self.config.to_yaml()),
+            git=git_facts(),
+            seed=train.seed,
+            deterministic=train.deterministic,
+            model={"kind": self.config.model.kind, **asdict(model)},
+            topology={
+                "world_size": deal.world_size,
+                "micro_batch_size": deal.micro_batch,
+                "accumulation": deal.accumulation,
+                "num_machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            },
+            data={
+                "kind": self.config.data.kind,
+                "records": len(self.records),
+                "training": len(self.training_indices),
+                "held_out": len(self.held_out_indices),
+                "fingerprint": self.data_fingerprint,
+            },
+        )
+
+
+def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
+    """The checked run; raises UserError for data, model files or batch sizes that cannot work."""
+    config = loaded.config
+    try:
+        topology = deal(config.train.global_batch_size, config.train.micro_batch_size, rank, world_size)
+    except ValueError as error:
+        raise UserError(f"config: {error}", loaded.where("train.global_batch_size")) from None
+    config.model.check()
+    records = config.data.open()
+    training, held_out = split(records, config.data.validation_fraction)
+    return Preflight(
+        loaded, records, training, held_out, topology, config.model.provenance(), records.fingerprint()
+    )
+

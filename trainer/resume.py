@@ -1,0 +1,104 @@
+"""Where a start begins: at step 0, or at a checkpoint whose config it may go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import Found, find, find_newest
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.run.rundir import RunDir
+
+# What may change between two starts of one run: none of it changes what a step computes.
+FREE = (
+    "train.output_dir",
+    "train.micro_batch_size",
+    "train.log_every",
+    "data.num_workers",
+    "checkpoint",
+    "validation",
+    "tracking",
+    "hooks",
+    "plugins",
+)
+
+
+def choose_start(
+    run_dir: RunDir, resume: str, say: Callable[[str], None]
+) -> Found | None:
+    """The checkpoint that `--resume RESUME` means, or None for step 0; raises UserError if there is none to be had."""
+    if resume == "none":
+        refuse_second_run(run_dir)
+        return None
+    if resume in ("auto", "latest"):
+        found = find_newest(run_dir, say)
+        if found is None and resume == "latest":
+            raise UserError("--resume latest, but there is no checkpoint", str(run_dir.path), "--resume auto starts at step 0")
+        if found is None:
+            say(f"no checkpoint in {run_dir.path}: starting at step 0")
+        return found
+    return _named(Path(resume), run_dir, say)
+
+
+def refuse_second_run(run_dir: RunDir) -> None:
+    """Raise UserError if the folder holds a run already: a new one would write over it."""
+    if run_dir.holds_run():
+        raise UserError(
+            "this folder holds a run already",
+            str(run_dir.path),
+            "--resume auto goes on with it; or give another --output-dir",
+        )
+
+
+def _named(path: Path, run_dir: RunDir, say: Callable[[str], None]) -> Found:
+    """The checkpoint at `path`: a run folder (its newest) or one checkpoint file."""
+    if path.is_dir():
+        found = find_newest(RunDir(path), say)
+        if found is None:
+            raise UserError("there is no checkpoint in this folder", str(path), "--resume wants auto, latest, none or a path")
+    else:
+        step = path.stem.removeprefix("checkpoint-")
+        if not path.is_file() or not step.isdecimal():
+            raise UserError(f"--resume {path}: there is no such run or checkpoint", fix="it wants auto, latest, none or a path")
+        found = find(RunDir(path.parent), int(step))
+    same_folder = found.path.parent.resolve() == run_dir.path.resolve()
+    if same_folder and (newer := [step for step in run_dir.checkpoint_steps() if step > found.sidecar["step"]]):
+        raise UserError(
+            f"--resume {path} names step {found.sidecar['step']}, but the run has gone on to step {newer[-1]}",
+            str(run_dir.path),
+            "branch off into another --output-dir",
+        )
+    if not same_folder and run_dir.holds_run():
+        raise UserError("this folder holds another run already", str(run_dir.path), "branch off into a new --output-dir")
+    return found
+
+
+def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str], say: Callable[[str], None]) -> None:
+    """Raise UserError if `config` differs from the `saved` one in what a step computes, and say what else differs."""
+    changes = differences(saved, config.model_dump(mode="json"))
+    free = (*FREE, *allowed) if config.lr.depends_on_max_steps else (*FREE, *allowed, "train.max_steps")
+    refused = []
+    for key, (old, new) in changes.items():
+        line = f"{key}: {old!r} -> {new!r}"
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            say(f"changed since the checkpoint: {line}")
+        else:
+            refused.append(line)
+    if refused:
+        names = " ".join(line.partition(":")[0] for line in refused)
+        raise UserError(
+            "this config does not continue the checkpoint's run: " + "; ".join(refused),
+            fix=f"change it back, start a new run, or allow it: --allow-change {names}",
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted keys at which two configs differ, each with both values; None where a key is absent."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*old, *(key for key in new if key not in old)]:
+            found |= differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return {} if old == new else {path: (old, new)}

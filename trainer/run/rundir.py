@@ -1,0 +1,121 @@
+"""The run directory: what each file is called, and whether a run may start there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.run.files import fsync_folder, sweep_temp_files, temp_path
+
+_SIDECAR = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.json")
+
+
+class RunDir:
+    """The files of one run. Making the object touches nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.resolved_config = self.path / "config.resolved.yaml"
+        self.environment = self.path / "env.json"
+        self.manifest = self.path / "run_manifest.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+        self.adherence = self.path / "adherence.json"
+        self.samples = self.path / "samples"
+
+    def checkpoint(self, step: int) -> Path:
+        """The weights and optimizer state after optimizer step `step`; without its sidecar it does not exist."""
+        return self.path / f"checkpoint-{step}.pt"
+
+    def sidecar(self, step: int) -> Path:
+        """What commits `checkpoint(step)`: its size and hash, written last."""
+        return self.path / f"checkpoint-{step}.json"
+
+    def sample(self, step: int) -> Path:
+        """The grid of validation pictures after step `step`; the caller makes the folder."""
+        return self.samples / f"step-{step:06d}.png"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps that have a sidecar, ascending by number; nothing is verified, no clock is read."""
+        try:
+            names = os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(match[1]) for name in names if (match := _SIDECAR.fullmatch(name)))
+
+    def holds_run(self) -> bool:
+        """Whether a step was taken here: metrics.jsonl has a whole line, or a checkpoint sidecar exists."""
+        if self.checkpoint_steps():
+            return True
+        try:
+            with open(self.metrics, "rb") as file:
+                return file.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def check_writable(self) -> None:
+        """Raises UserError, in one line, if a run could not write here; leaves nothing behind either way.
+
+        The proof is a file made and removed in the folder, or in the nearest parent there is: permission bits say
+        nothing to root, and nothing about a read-only mount.
+        """
+        try:
+            folder = self._nearest_folder()
+            probe = temp_path(folder / "writable")
+            try:
+                with open(probe, "wb") as file:
+                    file.write(b"\0")
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    probe.unlink()
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            raise self._unusable(error) from None
+
+    def create(self) -> None:
+        """Makes the folder and its missing parents, durably; raises UserError if that cannot be."""
+        missing = []
+        try:
+            for folder in (self.path, *self.path.parents):
+                if folder.is_dir():
+                    break
+                missing.append(folder)
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                fsync_folder(folder.parent)
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from None
+
+    def sweep(self) -> list[str]:
+        """The temp files of a killed run, now removed, as paths relative to the folder; hold the run's lock."""
+        return sweep_temp_files(self.path) + [f"samples/{name}" for name in sweep_temp_files(self.samples)]
+
+    def _nearest_folder(self) -> Path:
+        """The folder itself or the nearest parent that exists; raises OSError if the rest cannot be made below it."""
+        missing: list[str] = []
+        for folder in (self.path, *self.path.parents):
+            try:
+                is_folder = folder.is_dir()
+                exists = is_folder or os.path.lexists(folder)
+            except NotADirectoryError:
+                exists = is_folder = False
+            if is_folder:
+                longest = os.pathconf(folder, "PC_NAME_MAX")
+                if any(len(os.fsencode(name)) > longest for name in missing):
+                    raise OSError(errno.ENAMETOOLONG, f"a name in it has more than {longest} bytes")
+                return folder
+            if exists:
+                kind = "a link to nowhere" if folder.is_symlink() and not folder.exists() else "not a folder"
+                raise OSError(errno.ENOTDIR, f"'{folder}' is {kind}")
+            missing.append(folder.name)
+        raise FileNotFoundError(errno.ENOENT, "the current folder is gone")
+
+    def _unusable(self, error: Exception) -> UserError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        at = error.filename if isinstance(error, OSError) else None
+        at = Path(os.fsdecode(at)).parent if at and "difftrain-tmp-" in str(at) else at
+        at = f" ('{at}')" if at and str(at) != str(self.path) else ""
+        return UserError(f"output folder '{self.path}' cannot be written: {reason}{at}; choose another --output-dir")

@@ -1,0 +1,181 @@
+"""Ranks, device, precision and every collective: the only file that imports accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainer.config import Precision
+
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """This process among its peers; raises UserError for what this machine cannot do."""
+
+    def __init__(self, precision: Precision, deterministic: bool):
+        if deterministic:
+            # cuBLAS reads this when CUDA starts, so it has to be set before anything asks for a device.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        has_accelerator = torch.accelerator.is_available()
+        if not has_accelerator and precision == "fp16":
+            raise UserError(
+                "fp16 needs a GPU: without one the Accelerator would silently compute in fp32",
+                "train.precision",
+                "use fp32 or bf16 here",
+            )
+        # Without cpu=True, two processes on a machine without a GPU become two independent rank-0 mains.
+        self._accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            cpu=not has_accelerator,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.device = self._accelerator.device
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.precision: Precision = precision
+        self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler  # pyright: ignore
+        self._check(deterministic)
+        # Flags, barriers and gathered objects live on the host: waiting for them never waits for the GPU's queue.
+        self._host_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def _check(self, deterministic: bool) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise UserError(
+                f"the launcher started {launched} processes, but this one sees {self.world_size}",
+                "the launch command",
+                "without a GPU use accelerate_configs/cpu.yaml; `MULTI_CPU` and `--cpu` start one process",
+            )
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and self.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"{torch.cuda.get_device_name()} has no bf16 arithmetic", "train.precision", "use fp16 or fp32 here"
+            )
+        if on_gpu and deterministic and os.environ["CUBLAS_WORKSPACE_CONFIG"] not in (":4096:8", ":16:8"):
+            raise UserError(
+                f"CUBLAS_WORKSPACE_CONFIG={os.environ['CUBLAS_WORKSPACE_CONFIG']} is not deterministic",
+                "the environment",
+                "export CUBLAS_WORKSPACE_CONFIG=:4096:8",
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    def idle_gpus(self) -> int:
+        """GPUs of this machine that no rank of this run uses."""
+        return max(0, torch.cuda.device_count() - self.local_world_size) if self.device.type == "cuda" else 0
+
+    def device_facts(self) -> dict[str, Any]:
+        """What only a running torch knows of the device, for env.json."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": str(self.device),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+            "gpu_names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
+        }
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on this device, wrapped for autocast and for the averaging of gradients over ranks."""
+        model = self._accelerator.prepare_model(model)
+        wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        assert wrapped == (self.world_size > 1), f"{self.world_size} ranks got a {type(model).__name__}"
+        return model
+
+    def sync_gradients_if(self, last: bool, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Within it, backward averages gradients over ranks only if this is the `last` micro batch of the step."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, scaled by the fp16 scaler if there is one."""
+        self._accelerator.backward(loss)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The run's compute precision, for forwards outside the prepared model."""
+        return self._accelerator.autocast()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the fp16 scale; nothing in other precisions."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, in place; queued on the device, without waiting for it."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank, the same answer on all."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host_group)
+        return bool(value.item())
+
+    def gather(self, item: Any) -> list[Any]:
+        """The `item` of every rank, in rank order, on all ranks."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self._host_group)
+        return items
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, on all ranks; the UserError it raises there is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, group=self._host_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def barrier(self) -> None:
+        """Return once all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self._host_group)
+
+    def seed_dropout(self, seed: int) -> None:
+        """Make layers that draw from the device's own generator (nn.Dropout) depend on `seed` alone."""
+        torch.manual_seed(seed)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this rank has held: of the GPU, or of the process without one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+

@@ -1,0 +1,71 @@
+"""Everything that training changes. Together with the config it is the whole run: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.ema import Ema
+
+
+@dataclass
+class TrainState:
+    """The trainable modules by name, and what follows them from step to step."""
+
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    scaler: torch.amp.GradScaler | None  # pyright: ignore[reportPrivateImportUsage]
+    step: int = 0  # optimizer steps done
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trainable tensors by dotted name, in a fixed order."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain dicts, floats and tensors, so that torch.load(weights_only=True) reads it back."""
+        return {
+            "step": self.step,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.average if self.ema else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become what `saved` says; raises if its names or shapes are others."""
+        for name, module in self.modules.items():
+            module.load_state_dict(saved["modules"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema is not None:
+            for name, average in self.ema.average.items():
+                average.copy_(saved["ema"][name])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["step"]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the modules hold the EMA weights, if there are any; outside they are as before, to the bit."""
+        if self.ema is None:
+            yield
+            return
+        weights = self.weights()
+        own = {name: weight.detach().clone() for name, weight in weights.items()}
+        with torch.no_grad():
+            torch._foreach_copy_(list(weights.values()), list(self.ema.average.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(weights.values()), list(own.values()))

@@ -1,0 +1,139 @@
+"""One run's parts, assembled: networks on their device, optimizer, data, and how to feed one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from trainer.checkpoint import Found, find, find_newest
+from trainer.config import Config
+from trainer.data.loader import Batch, Samples, SlotSchedule, load_batches
+from trainer.data.plan import BatchPlan
+from trainer.data.topology import Topology
+from trainer.ema import Ema
+from trainer.errors import UserError
+from trainer.latents import LatentSource, OnlineVae
+from trainer.models.denoiser import Denoiser
+from trainer.preflight import Preflight
+from trainer.run.rundir import RunDir
+from trainer.runtime import Runtime
+from trainer.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.models.base import Components
+
+
+@dataclass
+class Training:
+    """Everything a step, a collective hook, or the loop needs."""
+
+    config: Config
+    runtime: Runtime
+    run_dir: RunDir
+    topology: Topology
+    components: Components
+    model: nn.Module  # the Denoiser, wrapped for ranks and precision
+    vae: OnlineVae
+    latent_source: LatentSource
+    state: TrainState
+    samples: Samples
+    held_out: Samples | None
+    data_fingerprint: str
+
+    def batches(self, first_step: int, max_steps: int) -> Iterator[Batch]:
+        """This rank's micro batches from `first_step` on."""
+        schedule = SlotSchedule(self.topology, first_step, max_steps)
+        return load_batches(self.samples, schedule, pin_memory=self.runtime.device.type == "cuda")
+
+
+def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None) -> Training:
+    """The run, ready for its next step; raises UserError if weights cannot be loaded or do not fit."""
+    config, family, device = checked.config, checked.config.model, runtime.device
+    components = family.load(config.train.seed)
+    modules = family.trainable(components)
+    if family.init_from is not None and start is None:
+        load_weights(modules, family.init_from)
+    if config.train.gradient_checkpointing:
+        for module in modules.values():
+            module.enable_gradient_checkpointing() if hasattr(module, "enable_gradient_checkpointing") else (
+                module.gradient_checkpointing_enable()
+            )
+    vae = OnlineVae(components.vae.to(device), family.vae_precision)  # pyright: ignore
+    model = runtime.prepare(Denoiser(family, components))
+    state = TrainState(modules, config.optimizer.build(_trainable(modules)), None, runtime.scaler)
+    if config.ema is not None:
+        state.ema = Ema(config.ema, state.weights())
+    if start is not None:
+        state.load_state_dict(start.load())
+    samples = partial(
+        Samples,
+        source=config.data,
+        records=checked.records,
+        timesteps=config.timesteps,
+        tokenize=partial(family.tokenize, components.tokenizer),
+        latent_shape=family.latent_shape(components.vae, config.data.image_size),
+    )
+    train, validation = config.train, config.validation
+    held_out = None
+    if validation is not None and len(checked.held_out_indices):
+        chosen = checked.held_out_indices[: validation.max_records]
+        held_out = samples(
+            plan=BatchPlan(chosen, validation.seed, shuffle=False), global_batch=len(chosen), seed=validation.seed
+        )
+    return Training(
+        config=config,
+        runtime=runtime,
+        run_dir=run_dir,
+        topology=checked.topology,
+        components=components,
+        model=model,
+        vae=vae,
+        latent_source=vae,
+        state=state,
+        samples=samples(
+            plan=BatchPlan(checked.training_indices, train.seed), global_batch=train.global_batch_size, seed=train.seed
+        ),
+        held_out=held_out,
+        data_fingerprint=checked.data_fingerprint,
+    )
+
+
+def load_weights(modules: dict[str, nn.Module], run: str, averaged: bool = True) -> int:
+    """Load another run's weights (FOLDER or FOLDER@STEP) into `modules` and return their step.
+
+    Its EMA weights if it has any and `averaged` is set. Raises UserError if the run, the checkpoint or a module is
+    missing, or a shape does not fit.
+    """
+    folder, at, step = run.rpartition("@")
+    if not at or not step.isdecimal():
+        folder, step = run, ""  # an @ of the path itself
+    run_dir = RunDir(Path(folder))
+    found = find(run_dir, int(step)) if step else find_newest(run_dir, say=lambda line: None)
+    if found is None:
+        raise UserError("there is no checkpoint in this folder", folder, "give the folder of a run")
+    content = found.load()
+    for name, module in modules.items():
+        if name not in content["modules"]:
+            there = ", ".join(content["modules"])
+            raise UserError(f"the checkpoint holds no {name}", str(found.path), f"it holds: {there}")
+        weights: dict[str, Any] = content["modules"][name]
+        if averaged and content["ema"] is not None:
+            prefix = f"{name}."
+            weights = weights | {
+                key.removeprefix(prefix): value for key, value in content["ema"].items() if key.startswith(prefix)
+            }
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise UserError(f"the weights of {name} do not fit this model: {first}", str(found.path)) from None
+    return content["step"]
+
+
+def _trainable(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad]
