@@ -13,6 +13,7 @@ if { [ -n "${BASH_SOURCE-}" ] && [ "${BASH_SOURCE-}" = "$0" ]; } || [ "${ZSH_EVA
 fi
 
 _difftrain_runtime_env() {
+    [ -n "${HF_ENDPOINT-}" ] || unset HF_ENDPOINT # set but empty, it would be taken for an address
     local official=https://huggingface.co mirror=https://hf-mirror.com
 
     # The two settings with which cuBLAS gives the same bits in every run.

@@ -18,7 +18,7 @@ from trainer.data.topology import Topology
 from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.latents import LatentSource, OnlineVae
-from trainer.models.denoiser import Denoiser
+from trainer.denoiser import Denoiser
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import PrivateAttr
 
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
@@ -29,6 +28,8 @@ class Checkpointing(CollectiveHook):
         return last or step % self.every_steps == 0
 
     def after_step(self, training: Training, last: bool) -> None:
+        import torch
+
         weights = list(training.state.weights().values())
         if not torch.isfinite(torch.nn.utils.get_total_norm(weights)):
             raise Diverged(f"the weights are not finite after step {training.state.step}; nothing was saved")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from trainer.hook import CollectiveHook
 
 if TYPE_CHECKING:
@@ -20,15 +18,16 @@ class HeldOutLoss(CollectiveHook):
     def due(self, step: int, last: bool) -> bool:
         return last or step % self.every_steps == 0
 
-    @torch.no_grad()
     def measure(self, training: Training) -> dict[str, float]:
+        import torch
+
         runtime, objective, held_out = training.runtime, training.config.objective, training.held_out
         assert held_out is not None, "this hook is only made when records are held out"
         micro, count = training.topology.micro_batch, held_out.global_batch
         starts = range(runtime.rank * micro, count, runtime.world_size * micro)
         total = torch.zeros((), device=runtime.device)
         training.model.eval()
-        with training.state.averaged(), runtime.autocast():
+        with torch.no_grad(), training.state.averaged(), runtime.autocast():
             for start in starts:
                 batch = held_out.batch(list(range(start, min(start + micro, count)))).to(runtime.device)
                 x_t, target = objective.corrupt(training.vae.latents(batch), batch.eps, batch.t)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from trainer.grid import labelled_grid
 from trainer.hook import CollectiveHook
 from trainer.run.files import write_atomic
-from trainer.sampler import Sampler
 
 if TYPE_CHECKING:
     from trainer.training import Training
@@ -31,6 +29,9 @@ class SampleGrid(CollectiveHook):
             self.after_step(training, last=False)
 
     def after_step(self, training: Training, last: bool) -> None:
+        from trainer.grid import labelled_grid
+        from trainer.sampler import Sampler
+
         runtime, family = training.runtime, training.config.model
         sampler = Sampler(
             family,

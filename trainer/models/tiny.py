@@ -30,6 +30,7 @@ WORDS = """
     man woman person people child boy girl face hand eye tree flower grass leaf mountain river lake sea ocean sky
     cloud sun moon night day snow rain fire water city street house building room window door table chair car bus
     train boat plane bike road ball box cup book food fruit apple banana s t
+    navy lime olive maroon indigo turquoise beige cream crescent plus cube sphere cylinder cone lower upper
 """.split()  # noqa: SIM905
 
 

@@ -65,10 +65,8 @@ class UNetClip(ModelFamily):
         if not self.train_text_encoder:
             return {"unet": components.unet}
         # Skipped layers get no gradient, and a wrapper that waits for one from each parameter would wait for ever.
-XX
-            -self.clip_skip or len(components.text_encoder.encoder.layers) :
-        ]:
-            layer.requires_grad_(False)
+        layers = components.text_encoder.encoder.layers
+        layers[len(layers) - self.clip_skip :].requires_grad_(False)
         return {"unet": components.unet, "text_encoder": components.text_encoder}
 
     def tokenize(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, int]:

@@ -159,16 +159,20 @@ class Manifest:
         """Lists a committed checkpoint, in place of an earlier one of the same step."""
         entry = {"step": step, "file": file, "sha256": sha256, "bytes": size_bytes}
         others = [known for known in self.contents["checkpoints"] if known["step"] != step]
-        self._set(checkpoints=sorted([*others, entry], key=lambda known: known["step"]))
+        self._set_checkpoints(sorted([*others, entry], key=lambda known: known["step"]))
 
     def keep_checkpoints(self, steps: Iterable[int]) -> None:
         """Drops from the list every checkpoint of another step: those that were pruned or found damaged."""
         kept = set(steps)
-        self._set(checkpoints=[known for known in self.contents["checkpoints"] if known["step"] in kept])
+        self._set_checkpoints([known for known in self.contents["checkpoints"] if known["step"] in kept])
 
     def end(self, state: str, exit_code: int, reason: str) -> None:
         """How this start ended; launchers that turn every exit code into 1 read it here."""
         self._set(status=_status(state, exit_code, reason))
+
+    def _set_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
+        if checkpoints != self.contents["checkpoints"]:
+            self._set(checkpoints=checkpoints)
 
     def _load(self) -> None:
         fresh = {"schema_version": SCHEMA_VERSION, "starts": [], "checkpoints": []}

@@ -1,0 +1,115 @@
+"""Which record a slot reads is computed, never stored."""
+
+import pickle
+
+import pytest
+from PIL.Image import Image
+
+from trainer.data.plan import BatchPlan, split
+from trainer.data.record import Record, Records
+from trainer.errors import UserError
+
+
+class Named(Records):
+    """Records that are nothing but keys."""
+
+    def __init__(self, keys: list[str]):
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.keys[index], ("",))
+
+    def image(self, index: int) -> Image:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def named(n: int) -> Named:
+    return Named([f"{i}.png" for i in range(n)])
+
+
+def test_every_epoch_reads_every_record_once():
+    plan = BatchPlan([3, 5, 8, 13, 21, 34, 55], seed=7)
+    for epoch in range(5):
+        slots = range(7 * epoch, 7 * epoch + 7)
+        assert sorted(map(plan.record, slots)) == [3, 5, 8, 13, 21, 34, 55]
+        assert {plan.epoch(slot) for slot in slots} == {epoch}
+
+
+def test_a_batch_larger_than_an_epoch_runs_on_into_the_next():
+    plan = BatchPlan(range(3), seed=0)
+    read = [plan.record(slot) for slot in range(8)]
+    assert sorted(read[:3]) == sorted(read[3:6]) == [0, 1, 2]
+    assert len(set(read[6:])) == 2
+
+
+def test_epochs_and_seeds_have_different_orders():
+    orders = {tuple(BatchPlan(range(50), s).record(50 * epoch + i) for i in range(50)) for s in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_a_slot_reads_the_same_record_in_any_order_of_calls_and_after_pickling():
+    plan = BatchPlan(range(1000), seed=1)
+    forward = [plan.record(slot) for slot in range(900, 2100)]
+    again = pickle.loads(pickle.dumps(plan))
+    assert [again.record(slot) for slot in reversed(range(900, 2100))] == forward[::-1]
+
+
+def test_without_shuffling_the_order_is_that_of_the_indices():
+    plan = BatchPlan([4, 2, 9], seed=1, shuffle=False)
+    assert [plan.record(slot) for slot in range(6)] == [4, 2, 9, 4, 2, 9]
+
+
+def test_a_plan_pickles_small_whatever_it_read():
+    plan = BatchPlan(range(1_000_000), seed=1)
+    plan.record(5_000_000)
+    assert len(pickle.dumps(plan)) < 500
+    training, _ = split(named(10_000), 0.5)
+    assert len(pickle.dumps(BatchPlan(training, 0))) < 5 * len(training)
+
+
+def test_split_divides_the_records():
+    training, held_out = split(named(5000), 0.1)
+    assert sorted([*training, *held_out]) == list(range(5000))
+    assert 400 < len(held_out) < 600
+    assert list(training) == sorted(training)
+    assert type(training[0]) is int
+
+
+def test_split_depends_on_the_key_alone():
+    records = named(400)
+    _, held_out = split(records, 0.25)
+    keys = {records[i].key for i in held_out}
+    fewer = Named([f"{i}.png" for i in reversed(range(0, 400, 3))])
+    _, held_out_of_fewer = split(fewer, 0.25)
+    assert {fewer[i].key for i in held_out_of_fewer} == keys & set(fewer.keys)
+
+
+def test_split_is_the_same_in_every_version():
+    _, held_out = split(named(60), 0.1)
+    assert list(held_out) == FROZEN_HELD_OUT
+
+
+FROZEN_HELD_OUT: list[int] = []  # a change here moves records of every user between training and validation
+
+
+def test_a_larger_fraction_keeps_what_a_smaller_one_held_out():
+    _, few = split(named(500), 0.1)
+    _, many = split(named(500), 0.3)
+    assert set(few) < set(many)
+
+
+def test_without_validation_nothing_is_hashed_or_listed():
+    training, held_out = split(named(9), 0.0)
+    assert training == range(9)
+    assert held_out == range(0)
+
+
+def test_holding_out_every_record_is_refused():
+    with pytest.raises(UserError, match=r"all 3 records .*\n  in data.validation_fraction"):
+        split(named(3), 1 - 1e-12)
