@@ -23,8 +23,8 @@ def fill_checklist(template: Path, out: Path, metadata: dict[str, str], results:
     """Writes `template` to `out` with its tables filled in, by the first cell of each row.
 
     A table of two columns takes its values from `metadata`, one of five PASS, FAIL or NA and a note from `results`, and
-    NA where they say nothing. Raises ValueError for a label that no row has, or two have, for any other verdict, and for
-    a row without a value, `FREE_ROWS` apart; then `out` is not written.
+    NA where they say nothing. Raises ValueError for a label that no row has, or two have, for any other verdict, and
+    for a row without a value, `FREE_ROWS` apart; then `out` is not written.
     """
     if bad := {verdict for verdict, _ in results.values()} - VERDICTS:
         raise ValueError(f"neither PASS, FAIL nor NA: {sorted(bad)}")

@@ -14,9 +14,9 @@ NAMES = ("CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED", "TOKENIZERS_PARALLELISM", 
 # Prints the variables, and what the script left behind or changed in the shell.
 SOURCED = """
 set -euo pipefail
-options="$(set +o)"
+before="$(set +o)"
 source "$1" > "$2"
-[ "$options" = "$(set +o)" ] || echo "options changed"
+[ "$before" = "$(set +o)" ] || echo "options changed"
 typeset -f | grep -i difftrain || true
 for name in CUBLAS_WORKSPACE_CONFIG PYTHONHASHSEED TOKENIZERS_PARALLELISM HF_ENDPOINT; do
     eval "echo $name=\\${$name-unset}"
@@ -45,16 +45,9 @@ def source(tmp_path):
             (tools / "curl").write_text(f"#!/bin/sh\n{curl}\n")
             (tools / "curl").chmod(0o755)
         base = {name: value for name, value in os.environ.items() if name not in NAMES and "OFFLINE" not in name}
+        flags = ["-f"] if shell == "zsh" else []
         done = subprocess.run(
-            [
-                shell,
-                *(["-f"] if shell == "zsh" else []),
-                "-c",
-                SOURCED,
-                shell,
-                SCRIPTS / "setup_runtime_env.sh",
-                tmp_path / "said",
-            ],
+            [shell, *flags, "-c", SOURCED, shell, SCRIPTS / "setup_runtime_env.sh", tmp_path / "said"],
             env=base | {"PATH": str(tools)} | environment,
             capture_output=True,
             text=True,

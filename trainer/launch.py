@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import loop
@@ -114,7 +113,7 @@ def _last_word(training: Training, first: int, seconds: float, say: loop.Say) ->
         "wall time": duration(seconds),
         "checkpoint": str(run_dir.checkpoint(state.step)),
         "metrics": str(run_dir.metrics),
-        "go on with": resume_command(),
+        "go on with": resume_command(training),
     }
     samples = run_dir.sample(state.step)
     if samples.is_file():
@@ -123,19 +122,15 @@ def _last_word(training: Training, first: int, seconds: float, say: loop.Say) ->
         say(f"  {name:11} {value}")
 
 
-def resume_command() -> str:
-    """The command line of this process with `--resume auto` in place of its own."""
-    arguments = list(sys.argv[1:])
-    while "--resume" in arguments:
-        at = arguments.index("--resume")
-        del arguments[at : at + 2]
-    arguments = [argument for argument in arguments if not argument.startswith("--resume=")]
-    program = os.path.basename(sys.argv[0])
-    if program.endswith(".py"):  # trainer/train.py or a script: the path as it was given
-        program = f"accelerate launch {sys.argv[0]}" if "LOCAL_RANK" in os.environ else f"python {sys.argv[0]}"
-    if program.endswith("__main__.py"):
-        program = "python -m trainer"
-    return " ".join([program, *map(shlex.quote, arguments), "--resume auto"])
+def resume_command(training: Training) -> str:
+    """The command that goes on with this run, from the working directory of this process."""
+    resolved = shlex.quote(str(training.run_dir.resolved_config))
+    ranks = training.runtime.world_size
+    train_py = Path(__file__).with_name("train.py")
+    program = f"torchrun --nproc-per-node {ranks} {shlex.quote(str(train_py))}" if ranks > 1 else "difftrain train"
+    if training.runtime.local_world_size != ranks:
+        program = "the launch command of this job with"
+    return f"{program} --config {resolved} --resume auto"
 
 
 def dry_run(checked: Preflight) -> None:

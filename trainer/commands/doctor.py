@@ -229,7 +229,7 @@ def limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 <= soft < 1024
     yield Finding(
-        "note" if few else "ok", "open files", f"{soft} at most, {hard} on request", few and "ulimit -n 4096" or None
+        "note" if few else "ok", "open files", f"{soft} at most, {hard} on request", "ulimit -n 4096" if few else None
     )
     shm = Path("/dev/shm")
     if not shm.is_dir():
@@ -342,5 +342,5 @@ def _line(finding: Finding) -> str:
     width = max(60, shutil.get_terminal_size((120, 20)).columns)
     start = f"{finding.level:8} {finding.topic:14} "
     indent = " " * len(start)
-    text = textwrap.fill(finding.text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False)
+    text = textwrap.fill(finding.text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return text + (f"\n{indent}fix: {finding.fix}" if finding.fix else "")
