@@ -28,8 +28,8 @@ class Runtime:
         if deterministic:
             # cuBLAS reads this when CUDA starts, so it has to be set before anything asks for a device.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = False
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         has_accelerator = torch.accelerator.is_available()
@@ -175,7 +175,11 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, so that another run can start in this process."""
+        from accelerate.state import AcceleratorState
+
         if dist.is_initialized():
             dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.use_deterministic_algorithms(False)
 

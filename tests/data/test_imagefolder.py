@@ -27,7 +27,7 @@ def line(name: object, text: object = "a cat") -> str:
     return json.dumps({"file_name": name, "text": text})
 
 
-def open_folder(root: Path, **fields: object) -> ImageFolderRecords:
+def open_folder(root: Path | str, **fields: object) -> ImageFolderRecords:
     return ImageFolder.model_validate({"data_root": str(root), "image_size": 64, **fields}).open()
 
 
@@ -97,7 +97,7 @@ def test_a_relative_data_root_starts_at_the_working_directory(tmp_path, monkeypa
     picture(tmp_path / "set" / "a.png")
     (tmp_path / "set" / "metadata.jsonl").write_text(line("a.png"))
     monkeypatch.chdir(tmp_path)
-    records = ImageFolder(data_root="set", image_size=64).open()
+    records = open_folder("set")
     monkeypatch.chdir("/")
     assert pickle.loads(pickle.dumps(records)).image(0).size == (4, 4)
 
@@ -105,9 +105,9 @@ def test_a_relative_data_root_starts_at_the_working_directory(tmp_path, monkeypa
 def test_a_missing_folder_names_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"'pics' does not exist\n  in data.data_root\n.*{tmp_path}"):
-        ImageFolder(data_root="pics", image_size=64).open()
+        open_folder("pics")
     with pytest.raises(UserError, match="does not exist"):
-        ImageFolder(data_root="nul\0byte", image_size=64).open()
+        open_folder("nul\0byte")
 
 
 def test_a_file_an_empty_folder_and_two_metadata_files_are_refused(tmp_path):
@@ -146,13 +146,18 @@ def test_metadata_without_records_is_refused(tmp_path):
 
 
 BAD_LINES = {
-    "bad json": ('{"file_name": "a.png", "text": }', "not JSON"),
+    "bad json": ('{"file_name": "a.png", "text": }', "not JSON: Expecting value at column 32"),
     "deep json": ("[" * 100_000, "not JSON"),
     "not an object": ('["a.png", "a cat"]', "where an object is needed"),
     "no file name": ('{"text": "a cat"}', "no column 'file_name'; the line has 'text'"),
     "no caption": (
         '{"file_name": "a.png", "txt": "x"}',
         "no column 'text'; the line has 'file_name', 'txt': set data.caption_column=txt?",
+    ),
+    "the only other column": ('{"file_name": "a.png", "prompt": "x"}', "set data.caption_column=prompt?"),
+    "no column that could be meant": (
+        '{"file_name": "a.png", "width": 3, "height": 4}',
+        "the line has 'file_name', 'width', 'height': set data.caption_column",
     ),
     "number as caption": (line("a.png", 7), "column 'text' is 7, not a string"),
     "null as caption": (line("a.png", None), "column 'text' is None, not a string"),
@@ -326,7 +331,7 @@ def test_the_fingerprint_does_not_depend_on_where_the_folder_lies(tmp_path):
 def test_a_directory_is_listed_once_instead_of_asking_for_each_file(tmp_path, monkeypatch):
     for n in range(300):
         (tmp_path / f"{n}.png").touch()
-    calls = dict.fromkeys(("scandir", "stat", "lstat"), 0)
+    calls: dict[str, int] = dict.fromkeys(("scandir", "stat", "lstat"), 0)
 
     def counted(name: str) -> Callable[..., Any]:
         real = getattr(os, name)

@@ -12,7 +12,7 @@ import pytest
 
 from trainer.data.dummy import write_dummy_imagefolder
 from trainer.data.image_file import read_image
-from trainer.data.sources.imagefolder import ImageFolder
+from trainer.data.sources.imagefolder import ImageFolder, ImageFolderRecords
 from trainer.data.sources.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -32,6 +32,14 @@ from trainer.data.sources.shapes import (
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+
+
+def shapes(**fields: object) -> ShapeRecords:
+    return Shapes.model_validate(fields).open()
+
+
+def read_back(folder: Path) -> ImageFolderRecords:
+    return ImageFolder.model_validate({"data_root": str(folder), "image_size": 64}).open()
 
 
 def mask(combination: Combination, image_size: int, at: Place) -> np.ndarray:
@@ -71,8 +79,8 @@ def test_every_shape_lies_inside_the_picture():
             at = place(combination, 1, index)
             c, s = math.cos(math.radians(at.degrees)), math.sin(math.radians(at.degrees))
             for x, y in OUTLINES[combination.shape][0]:
-                assert 0.019 < at.x + at.radius * (c * x - s * y) < 0.981
-                assert 0.019 < at.y + at.radius * (s * x + c * y) < 0.981
+                assert 0.039 < at.x + at.radius * (c * x - s * y) < 0.961
+                assert 0.039 < at.y + at.radius * (s * x + c * y) < 0.961
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 200])
@@ -110,6 +118,12 @@ def test_the_six_shapes_are_told_apart_at_64_pixels():
                 assert max(overlap, key=overlap.__getitem__) == shape, (size, overlap)
 
 
+def test_only_the_ring_has_a_hole():
+    for shape in SHAPES:
+        seen = mask(Combination("small", "blue", shape, "gray"), 64, Place(0.5, 0.5, SIZES["small"]))
+        assert seen[32, 32] == (shape != "ring"), shape
+
+
 @pytest.mark.parametrize("image_size", [64, 256])
 def test_edges_are_antialiased_and_the_shape_is_where_it_was_asked(image_size):
     at = Place(0.4, 0.55, 0.25)
@@ -129,9 +143,9 @@ def test_one_record_shows_the_same_scene_at_any_size():
 
 
 def test_a_record_is_a_function_of_its_index_alone():
-    records = Shapes(num_images=100).open()
+    records = shapes(num_images=100)
     backwards = [records.image(index).tobytes() for index in reversed(range(100))]
-    again = pickle.loads(pickle.dumps(Shapes(num_images=5000).open()))
+    again = pickle.loads(pickle.dumps(shapes(num_images=5000)))
     assert [again.image(index).tobytes() for index in range(100)] == backwards[::-1]
     assert len({records[index].key for index in range(100)}) == 100
     assert len(set(backwards)) == 100
@@ -142,7 +156,7 @@ def test_another_seed_draws_other_places():
 
 
 def test_held_out_combinations_never_occur_in_training():
-    records = Shapes(num_images=2000, held_out_fraction=0.1).open()
+    records = shapes(num_images=2000, held_out_fraction=0.1)
     seen = {records.combination(index) for index in range(2000)}
     held = set(held_out(0.1))
     assert len(held) == 29
@@ -186,19 +200,15 @@ def test_indices_outside_are_refused():
 
 
 def test_the_fingerprint_tells_what_is_drawn_but_not_how_large():
-    base = Shapes(num_images=100).open().fingerprint()
-    assert Shapes(num_images=100, image_size=128).open().fingerprint() == base
-    for other in (
-        Shapes(num_images=101),
-        Shapes(num_images=100, data_seed=1),
-        Shapes(num_images=100, held_out_fraction=0),
-    ):
-        assert other.open().fingerprint() != base
+    base = shapes(num_images=100).fingerprint()
+    assert shapes(num_images=100, image_size=128).fingerprint() == base
+    for changed in ({"num_images": 101}, {"data_seed": 1}, {"held_out_fraction": 0}):
+        assert shapes(**{"num_images": 100, **changed}).fingerprint() != base
 
 
 def test_the_dummy_folder_is_read_back_as_it_was_drawn(tmp_path):
     assert write_dummy_imagefolder(tmp_path / "a" / "b", 5, 40) == 6
-    records = ImageFolder(data_root=str(tmp_path / "a" / "b"), image_size=40).open()
+    records = read_back(tmp_path / "a" / "b")
     drawn = ShapeRecords(5, 40)
     assert [records[i].captions for i in range(5)] == [drawn[i].captions for i in range(5)]
     assert [records.image(i).tobytes() for i in range(5)] == [drawn.image(i).tobytes() for i in range(5)]
@@ -217,7 +227,7 @@ def test_the_dummy_folder_is_finished_after_a_kill(tmp_path):
     (tmp_path / "000002.png").unlink()
     (tmp_path / ".dummy-imagefolder-tmp-1").write_bytes(b"half a pict")
     assert write_dummy_imagefolder(tmp_path, 4, 32) == 2
-    assert len(ImageFolder(data_root=str(tmp_path), image_size=32).open()) == 4
+    assert len(read_back(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "metadata.jsonl", "000001.png", "000009.png", "metadata.csv"])
@@ -247,7 +257,7 @@ def test_the_script_runs_from_any_folder_and_refuses_in_one_line(tmp_path):
 
     arguments = ("--output-dir", "./data/smoke", "--num-images", "4", "--image-size", "64")
     assert run(*arguments).returncode == 0
-    assert len(ImageFolder(data_root=str(tmp_path / "data/smoke"), image_size=64).open()) == 4
+    assert len(read_back(tmp_path / "data/smoke")) == 4
     (tmp_path / "data/smoke/mine.txt").touch()
     refused = run(*arguments)
     assert refused.returncode == 2

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.models.base import Components
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -28,16 +32,18 @@ UNET_ENDS = {
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def write_original(components: Components, path: Path, open_clip: bool = False, **metadata: str) -> Path:
+def write_original(
+    components: Components, path: Path, open_clip: bool = False, metadata: dict[str, str] | None = None
+) -> Path:
     text = open_clip_tensors if open_clip else clip_tensors
     tensors = unet_tensors(components.unet) | vae_tensors(components.vae) | text(components.text_encoder)
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
     return path
 
 
-def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
-    per_block = unet.config["layers_per_block"] + 1  # pyright: ignore
-    attending = ["Attn" in kind for kind in unet.config["up_block_types"]]  # pyright: ignore
+def unet_tensors(unet: Any) -> dict[str, Tensor]:
+    per_block = unet.config["layers_per_block"] + 1
+    attending = ["Attn" in kind for kind in unet.config["up_block_types"]]
     return {
         f"model.diffusion_model.{_unet_key(key, per_block, attending)}": value.detach().clone()
         for key, value in unet.state_dict().items()
@@ -65,8 +71,8 @@ def _unet_key(key: str, per_block: int, attending: list[bool]) -> str:
     return f"middle_block.{2 * int(match[2])}.{_renamed(match[3], RESNET)}"
 
 
-def vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
-    blocks = len(vae.config["block_out_channels"])  # pyright: ignore
+def vae_tensors(vae: Any) -> dict[str, Tensor]:
+    blocks = len(vae.config["block_out_channels"])
     out = {}
     for key, value in vae.state_dict().items():
         name = _vae_key(key, blocks)
@@ -87,14 +93,14 @@ def _vae_key(key: str, blocks: int) -> str:
     return f"{match[1]}mid.attn_1.{_renamed(match[2], VAE_ATTENTION)}" if match else key
 
 
-def clip_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
+def clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     return {
         f"cond_stage_model.transformer.text_model.{key}": value.detach().clone()
         for key, value in text_encoder.state_dict().items()
     }
 
 
-def open_clip_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
+def open_clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     """As OpenCLIP writes them, with one more layer than Stable Diffusion 2 uses, and a projection."""
     import torch
 
@@ -109,7 +115,7 @@ def open_clip_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
     }
     blocks: dict[str, Tensor] = {}
     parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    count = text_encoder.config.num_hidden_layers  # pyright: ignore
+    count = text_encoder.config.num_hidden_layers
     for layer in range(count):
         ours, theirs = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
         for kind in ("weight", "bias"):

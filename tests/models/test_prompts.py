@@ -30,7 +30,7 @@ def pipeline_of(components: Components):
         text_encoder=components.text_encoder,
         tokenizer=components.tokenizer,
         unet=components.unet,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -86,8 +86,7 @@ def test_chunks_hold_all_tokens_in_order_each_between_bos_and_eos(tiny: Componen
     (chunks,), cut = Tiny(prompt_chunks=3).tokenize(tokenizer, [caption])
     assert cut == 0
     assert all(row[0] == tokenizer.bos_token_id and tokenizer.eos_token_id in row[1:] for row in chunks.tolist())
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    inner = [token for row in chunks.tolist() for token in row if token not in special]
+    inner = [token for row in chunks.tolist() for token in row if token not in tokenizer.all_special_ids]
     assert inner == tokenizer(caption, add_special_tokens=False).input_ids
 
 
@@ -102,8 +101,8 @@ def test_the_chunks_of_a_caption_are_encoded_apart_and_joined(tiny: Components):
 
 def test_the_rest_of_a_chunk_is_padded_with_the_tokenizers_own_pad_token():
     tokenizer = clip_tokenizer([("c", "a"), ("ca", "t</w>")], pad_token="!")
-    (((*ids,),),), _ = Tiny().tokenize(tokenizer, ["cat"])
-    names = tokenizer.convert_ids_to_tokens(ids)
+    tokens, _ = Tiny().tokenize(tokenizer, ["cat"])
+    names = tokenizer.convert_ids_to_tokens(tokens[0, 0].tolist())
     assert names == ["<|startoftext|>", "cat</w>", "<|endoftext|>"] + ["!"] * 74
 
 

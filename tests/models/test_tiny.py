@@ -20,7 +20,9 @@ def tiny() -> Components:
 
 
 def weights(components: Components) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": value for name in NETWORKS for key, value in getattr(components, name).state_dict().items()}
+    return {
+        f"{name}.{key}": value for name in NETWORKS for key, value in getattr(components, name).state_dict().items()
+    }
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(tiny: Components):
@@ -59,7 +61,7 @@ def test_any_image_size_from_32_up_in_steps_of_8_goes_through(tiny: Components, 
     with torch.no_grad():
         latents = tiny.vae.encode(torch.rand(2, 3, image_size, image_size)).latent_dist.mean  # pyright: ignore
         assert latents.shape[1:] == shape
-        assert tiny.vae.decode(latents, return_dict=False)[0].shape == (2, 3, image_size, image_size)  # pyright: ignore
+        assert tiny.vae.decode(latents, return_dict=False)[0].shape == (2, 3, image_size, image_size)
         cond = family.encode_text(tiny.text_encoder, tokens)
         assert family.predict(tiny.unet, latents, torch.tensor([0, 999]), cond).shape == latents.shape
 
@@ -122,10 +124,10 @@ def test_the_tokenizer_is_the_same_on_every_machine():
 def test_any_caption_is_encoded_whole_and_decodes_to_its_lower_case(tiny: Components, caption: str):
     tokenizer = tiny.tokenizer
     ids = tokenizer(caption, add_special_tokens=False).input_ids
-    assert not {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+    assert not set(tokenizer.all_special_ids) & set(ids)  # the unknown token is one of them
     assert max(ids) < tiny.text_encoder.config.vocab_size
     wanted = unicodedata.normalize("NFC", caption).lower()
-    assert "".join(tokenizer.decode(ids).split()) == "".join(wanted.split())
+    assert "".join(str(tokenizer.decode(ids)).split()) == "".join(wanted.split())
 
 
 def test_special_tokens_are_those_the_text_encoder_was_told(tiny: Components):

@@ -71,7 +71,14 @@ def test_the_hash_taken_while_writing_is_the_hash_of_the_file(tmp_path):
 
 def test_a_sweep_removes_what_a_killed_run_left_and_no_file_of_anybody_else(tmp_path):
     (tmp_path / "kept.json").write_text("{}")
-    strangers = ["notes.tmp", ".notes.tmp-12", ".swp", "a.difftrain-tmp-12", ".a.difftrain-tmp-x", ".a.difftrain-tmp-1~"]
+    strangers = [
+        "notes.tmp",
+        ".notes.tmp-12",
+        ".swp",
+        "a.difftrain-tmp-12",
+        ".a.difftrain-tmp-x",
+        ".a.difftrain-tmp-1~",
+    ]
     for name in strangers:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".folder.difftrain-tmp-3").mkdir()
@@ -94,7 +101,10 @@ def test_the_longest_legal_file_name_can_be_written(tmp_path):
 
 
 def test_json_keeps_its_order_and_ends_in_a_newline_and_refuses_nan(tmp_path):
-    assert to_json({"b": 1, "a": {"ü": [1.5]}}) == '{\n  "b": 1,\n  "a": {\n    "ü": [\n      1.5\n    ]\n  }\n}\n'.encode()
+    assert (
+        to_json({"b": 1, "a": {"ü": [1.5]}})
+        == '{\n  "b": 1,\n  "a": {\n    "ü": [\n      1.5\n    ]\n  }\n}\n'.encode()
+    )
     (tmp_path / "m.json").write_text("old")
     for bad in (float("nan"), float("inf"), object()):
         with pytest.raises((ValueError, TypeError)):
@@ -120,7 +130,7 @@ def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_storage_failed():
     assert retrying(third_time, 3, sleep=pauses.append, pause_seconds=0.2) == "done"
     assert pauses == [0.2, 0.4]
     calls.clear()
-    with pytest.raises(StorageFailed, match="metrics.jsonl could not be written in 2 attempts: .*No space left"):
+    with pytest.raises(StorageFailed, match=r"metrics.jsonl could not be written in 2 attempts: .*No space left"):
         retrying(third_time, 2, what="metrics.jsonl", sleep=pauses.append)
     with pytest.raises(ZeroDivisionError):
         retrying(lambda: 1 / 0, 5, sleep=lambda _: pytest.fail("our own bugs are not tried again"))

@@ -36,7 +36,7 @@ def test_checkpoints_are_counted_by_sidecar_and_ordered_by_number_whatever_the_c
     run = RunDir(tmp_path)
     for age, step in enumerate((10, 9, 100, 2)):
         run.sidecar(step).write_text("{}")
-        os.utime(run.sidecar(step), (10**9 - 3600 * age,) * 2)
+        os.utime(run.sidecar(step), (10**9, 10**9 - 3600 * age))
     run.checkpoint(200).write_bytes(b"no sidecar: it does not exist")
     for name in ("checkpoint-007.json", "checkpoint-5.json.bak", "checkpoint--3.json", "checkpoint-x.json"):
         (tmp_path / name).write_text("{}")

@@ -342,5 +342,12 @@ def _line(finding: Finding) -> str:
     width = max(60, shutil.get_terminal_size((120, 20)).columns)
     start = f"{finding.level:8} {finding.topic:14} "
     indent = " " * len(start)
-    text = textwrap.fill(finding.text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    text = textwrap.fill(
+        finding.text,
+        width,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return text + (f"\n{indent}fix: {finding.fix}" if finding.fix else "")

@@ -22,8 +22,8 @@ def write_dummy_imagefolder(folder: str | os.PathLike[str], num_images: int, ima
     """Make `folder` hold `num_images` captioned PNG pictures and their `metadata.jsonl`; how many files were written.
 
     The same call twice gives the same folder and writes nothing the second time; after a call for fewer images the
-    others stay, unlisted. Raises UserError, before it writes anything, if the folder holds a file that this function would
-    not have written with this size and seed.
+    others stay, unlisted. Raises UserError, before it writes anything, if the folder holds a file that this function
+    would not have written with this size and seed.
     """
     folder = Path(folder)
     if not 1 <= num_images <= MOST_IMAGES:

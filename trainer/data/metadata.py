@@ -52,7 +52,8 @@ def _json_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[s
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            problems.add(line, f"not JSON: {error}; each line is one object")
+            seen = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            problems.add(line, f"not JSON: {seen}; each line is one object")
             continue
         if isinstance(row, dict):
             yield line, row

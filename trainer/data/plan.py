@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 from trainer.data.record import Records
 from trainer.errors import UserError
@@ -15,13 +14,13 @@ from trainer.rng import Permutation
 class BatchPlan:
     """The order of the records: every epoch reads each of `indices` once, in an order computed from (seed, epoch).
 
-    Batches run on from one epoch into the next, so nothing is dropped. A plan pickles as its indices and two numbers.
+    Batches run on from one epoch into the next, so nothing is dropped. A plan pickles as its indices and a few numbers.
     """
 
     def __init__(self, indices: Sequence[int], seed: int, shuffle: bool = True):
         assert len(indices) > 0, "a plan over no records"
         self.indices, self.seed, self.shuffle = indices, seed, shuffle
-        self._current: tuple[int, Permutation] | None = None
+        self._current: tuple[int, Permutation] | None = None  # a few numbers, kept to build it once an epoch
 
     def epoch(self, slot: int) -> int:
         """How many times all records were read before this slot's epoch began."""
@@ -37,9 +36,6 @@ class BatchPlan:
         if current is None or current[0] != epoch:
             current = self._current = epoch, Permutation(len(self.indices), self.seed, "order", epoch)
         return current[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_current": None}
 
 
 def split(records: Records, validation_fraction: float) -> tuple[Sequence[int], Sequence[int]]:

@@ -43,12 +43,12 @@ class ModelFamily(Part, home="trainer.models"):
     """Section `model`: the networks to train and how to call them."""
 
     init_from: str | None = Field(
-        None,
+        default=None,
         description="Start from another run's weights: a run folder, or FOLDER@STEP; its EMA weights if it has any.",
     )
-    train_text_encoder: bool = Field(False, description="Train the text encoder together with the UNet.")
+    train_text_encoder: bool = Field(default=False, description="Train the text encoder together with the UNet.")
     vae_precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of the frozen VAE; in fp16 many VAEs overflow to black pictures."
+        default="fp32", description="Precision of the frozen VAE; in fp16 many VAEs overflow to black pictures."
     )
 
     @abstractmethod

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import UserError
 from trainer.models.base import Components, Provenance
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import CLIPTextModel, CLIPTokenizer
+
+Network = TypeVar("Network", bound="nn.Module")
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CONVERT = "convert the weights to .safetensors: pickled files can run code and are not read"
@@ -45,7 +48,7 @@ def load_diffusers_folder(folder: Path, variant: str | None = None, source: str 
                 str(folder / name),
                 "its config.json and its weights do not belong together, or this is another kind of model",
             )
-        return network
+        return in_own_memory(network)
 
     return Components(
         unet=load("unet", UNet2DConditionModel, torch_dtype=torch.float32),
@@ -55,6 +58,18 @@ def load_diffusers_folder(folder: Path, variant: str | None = None, source: str 
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         provenance=Provenance(source or str(folder)),
     )
+
+
+def in_own_memory(network: Network) -> Network:
+    """`network`, its weights copied off the file that diffusers and transformers leave them mapped to.
+
+    Mapped weights change under a run, or kill it, when their file is written to. They also lie where the file has
+    them, which need not be where the kernels for aligned memory can be used: the same weights then give other last
+    bits. The mapped pages count as memory of the process until the copy is done, but they are the file's own.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.clone()
+    return network
 
 
 def load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import replace
 from functools import lru_cache
@@ -28,10 +29,10 @@ class StableDiffusion(UNetClip):
         min_length=1, description="A hub id, a local diffusers folder, or one .safetensors file in the original layout."
     )
     revision: str | None = Field(
-        None, min_length=1, description="Branch, tag or commit of a hub model; the default is its main branch."
+        default=None, min_length=1, description="Branch, tag or commit of a hub model; the default is its main branch."
     )
     variant: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[\w-]+$",
         description="Weights to take where a component has them, as `fp16`, `non_ema`; the default is the plain ones.",
     )
@@ -39,22 +40,22 @@ class StableDiffusion(UNetClip):
     @property
     def path(self) -> Path:
         """Where the weights are if they are local; on the hub if there is nothing."""
-        return Path(self.pretrained).expanduser()
+        return Path(os.path.expanduser(self.pretrained))
 
     def check(self) -> None:
         suffix = self.path.suffix.lower()
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             self._refuse("revision", "a local folder has only one")
             chosen_variants(self.path, self.variant)
         elif suffix in PICKLES:
             raise UserError(f"{suffix} files can run code when they are read", self.pretrained, CONVERT)
-        elif self.path.exists() and suffix != ".safetensors":
+        elif os.path.exists(self.path) and suffix != ".safetensors":
             raise UserError(
                 "this is neither a folder nor a .safetensors file",
                 self.pretrained,
                 "give one, or the id of a hub model",
             )
-        elif self.path.exists():
+        elif os.path.exists(self.path):
             self._refuse("revision", "a single file has only one")
             self._refuse("variant", "a single file has only one")
             check_single_file(self.path)
@@ -66,22 +67,22 @@ class StableDiffusion(UNetClip):
             )
 
     def provenance(self) -> Provenance:
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             chosen = chosen_variants(self.path, self.variant)
             files = [file for name in STEMS for file in weight_files(self.path, name, chosen[name])]
             return Provenance(
                 self.pretrained, files={file.relative_to(self.path).as_posix(): sha256(file) for file in files}
             )
-        if self.path.is_file():
+        if os.path.isfile(self.path):
             return Provenance(self.pretrained, files={self.path.name: sha256(self.path)})
         return Provenance(self.pretrained, self.revision)
 
     def load(self, seed: int) -> Components:
         """The pretrained networks; the seed decides nothing, for every weight comes from a file."""
         self.check()
-        if self.path.is_file():
+        if os.path.isfile(self.path):
             components = load_single_file(self.path)
-        elif self.path.is_dir():
+        elif os.path.isdir(self.path):
             components = load_diffusers_folder(self.path, self.variant)
         else:
             folder = fetch_folder(self.pretrained, self.revision, self.variant)

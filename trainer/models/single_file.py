@@ -6,21 +6,27 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import UserError
 from trainer.models.base import Components, Provenance
 from trainer.models.clip_bpe import clip_tokenizer, openai_merges
 from trainer.models.folder import read_json, reading
+from trainer.models.unet_clip import task_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import CLIPTextModel
 
 CONFIGS = Path(__file__).parent / "sd_configs"
 CONFIG_BY_WIDTH = {768: "sd15", 1024: "sd21"}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+BLOCK = re.compile(
+    re.escape(f"{OPEN_CLIP}transformer.resblocks.") + r"(?P<layer>\d+)\.(?P<part>.+)[._](?P<kind>weight|bias)"
+)
+
+Network = TypeVar("Network", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Header:
         """The width of the text that the UNet attends to; none if it attends to none."""
         for name, shape in self.shapes.items():
             if name.startswith(UNET) and name.endswith("attn2.to_k.weight"):
-                return shape[1]
+                return shape[-1]
         return None
 
 
@@ -67,17 +73,19 @@ def load_original(path: Path, config_dir: Path) -> Components:
     `prediction_type` is left out of the scheduler's config where neither the file nor the config says it: a 2.x file
     does not show whether it was trained to predict noise (2.x-base) or v (2.x-768).
     """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    # Not `from_single_file`: on a tensor that is missing it fails without naming it, and one too many it only logs.
     header = read_header(path)
     _refuse_other_layouts(header, path)
     scheduler = read_json(config_dir / "scheduler" / "scheduler_config.json")
     if said := header.metadata.get("modelspec.prediction_type"):
         scheduler["prediction_type"] = {"v": "v_prediction"}.get(said, said)
     return Components(
-        unet=_from_original(UNet2DConditionModel, path, UNET, config_dir, "unet"),
-        vae=_from_original(AutoencoderKL, path, VAE, config_dir, "vae"),
+        unet=_diffusion_network(UNet2DConditionModel, path, UNET, config_dir, "unet", convert_ldm_unet_checkpoint),
+        vae=_diffusion_network(AutoencoderKL, path, VAE, config_dir, "vae", convert_ldm_vae_checkpoint),
         text_encoder=_text_encoder(path, config_dir),
         tokenizer=clip_tokenizer(
             openai_merges(), read_json(config_dir / "tokenizer" / "tokenizer_config.json")["pad_token"]
@@ -89,10 +97,13 @@ def load_original(path: Path, config_dir: Path) -> Components:
 
 def read_header(path: Path) -> Header:
     """The header; raises UserError if this is no safetensors file, or one that was cut short."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        content = file.read(length) if 2 <= length <= min(size - 8, 100_000_000) else b""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            content = file.read(length) if 2 <= length <= min(size - 8, 100_000_000) else b""
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}", str(path), "check its permissions") from error
     try:
         header = json.loads(content)
         metadata = header.pop("__metadata__", {})
@@ -112,8 +123,8 @@ def _refuse_other_layouts(header: Header, path: Path) -> None:
     base = "give the full file of a Stable Diffusion 1.x or 2.x model"
     if any(re.search(r"lora_|\.lora\.|hada_|lokr_", name) for name in header.shapes):
         refuse("this seems to be a LoRA, not a whole model", base)
-    if header.has("conditioner.embedders."):
-        refuse("this seems to be SDXL", "kind `sd` takes only Stable Diffusion 1.x and 2.x")
+    if header.has("conditioner.embedders.", UNET + "label_emb."):
+        refuse("this seems to be SDXL, or an unCLIP model", "kind `sd` takes only Stable Diffusion 1.x and 2.x")
     if header.has("control_model.", "controlnet_cond_embedding."):
         refuse("this seems to be a ControlNet, not a whole model", base)
     if header.has("emb_params", "string_to_param"):
@@ -129,53 +140,71 @@ def _refuse_other_layouts(header: Header, path: Path) -> None:
         refuse("there is no UNet (model.diffusion_model.*) in this file", base)
     if not header.has(UNET + "input_blocks."):
         refuse("the network in this file is not the UNet of Stable Diffusion; it may be SD3, Flux or the like", base)
+    if (channels := header.shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))[1]) != 4:
+        refuse(f"the UNet takes {channels} channels: it {task_of(channels)}", "give a text-to-image model")
     if not header.has(VAE):
         refuse("there is no VAE (first_stage_model.*) in this file", "merge one into it, or give a full file")
     if not header.has(CLIP, OPEN_CLIP):
         refuse("there is no text encoder (cond_stage_model.*) in this file", "merge one into it, or give a full file")
 
 
-def _from_original(cls: Any, path: Path, prefix: str, config_dir: Path, name: str) -> Any:
+def _diffusion_network(cls: Any, path: Path, prefix: str, config_dir: Path, name: str, convert: Any) -> Any:
     import torch
 
     with reading(f"the {name}", path):
-        network = cls.from_single_file(
-            _tensors(path, prefix),
-            config=str(config_dir),  # without a local folder diffusers asks the hub for its config
-            subfolder=name,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-        )
-    if missing := [key for key, value in network.state_dict().items() if value.is_meta]:
-        _refuse_incomplete(path, name, missing)
-    return network
+        config = cls.load_config(str(config_dir), subfolder=name, local_files_only=True)
+        weights = convert(checkpoint=_tensors(path, prefix), config=config)
+        with torch.device("meta"):
+            network = cls.from_config(config)
+    return _filled(network, weights, path, name)
 
 
 def _text_encoder(path: Path, config_dir: Path) -> CLIPTextModel:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with reading("the text encoder", path):
+    with reading("the text_encoder", path):
         config = CLIPTextConfig.from_pretrained(str(config_dir), subfolder="text_encoder", local_files_only=True)
-        tensors = _tensors(path, CLIP)
-        weights = (
-            {key.removeprefix(CLIP).removeprefix("text_model."): value for key, value in tensors.items()}
-            if tensors
-            else from_open_clip(_tensors(path, OPEN_CLIP))
-        )
+        weights = from_clip(_tensors(path, CLIP)) or from_open_clip(_tensors(path, OPEN_CLIP), config.num_hidden_layers)
         with torch.device("meta"):
             encoder = CLIPTextModel(config)
-        wanted = encoder.state_dict().keys()
-        if missing := sorted(wanted - weights.keys()):
-            _refuse_incomplete(path, "text encoder", missing)
-        encoder.load_state_dict({key: weights[key] for key in wanted}, assign=True)
     positions = torch.arange(config.max_position_embeddings)[None]
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)  # it is in no state dict
-    return encoder.eval()
+    return _filled(encoder, weights, path, "text_encoder")
 
 
-def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's text tower under the names of transformers, its joint q, k, v taken apart."""
+def _filled(network: Network, weights: dict[str, Tensor], path: Path, name: str) -> Network:
+    """`network`, made without memory, with exactly these `weights` as its own."""
+    wanted = network.state_dict().keys()
+    if missing := sorted(wanted - weights.keys()):
+        raise UserError(
+            f"the file lacks {len(missing)} of the {name}'s tensors, the first {missing[0]}",
+            str(path),
+            "download it again, or give the full file of a Stable Diffusion 1.x or 2.x model",
+        )
+    if spare := sorted(weights.keys() - wanted):
+        raise UserError(
+            f"the {name} in the file has {len(spare)} tensors too many, the first {spare[0]}",
+            str(path),
+            "it is a variation of Stable Diffusion that kind `sd` does not know",
+        )
+    with reading(f"the {name}", path):
+        network.load_state_dict(weights, assign=True)
+    return network.eval()
+
+
+def from_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text encoder of a 1.x file under the names of transformers 5; older files lack the inner prefix."""
+    unused = ("embeddings.position_ids", "text_projection", "logit_scale")
+    weights = {key.removeprefix(CLIP).removeprefix("text_model."): value for key, value in tensors.items()}
+    return {key: value for key, value in weights.items() if not key.startswith(unused)}
+
+
+def from_open_clip(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """OpenCLIP's text tower under the names of transformers 5, its joint q, k, v taken apart.
+
+    Files hold one layer more than the `layers` that Stable Diffusion 2 uses, and a projection: both are left out.
+    """
     names = {
         f"{OPEN_CLIP}positional_embedding": "embeddings.position_embedding.weight",
         f"{OPEN_CLIP}token_embedding.weight": "embeddings.token_embedding.weight",
@@ -193,15 +222,13 @@ def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if key in names:
             out[names[key]] = value
-        elif match := re.fullmatch(
-            rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", key
-        ):
-            layer, part, kind = f"encoder.layers.{match[1]}", match[2], match[3]
+        elif (match := BLOCK.fullmatch(key)) and int(match["layer"]) < layers:
+            layer, part, kind = f"encoder.layers.{match['layer']}", match["part"], match["kind"]
             if part == "attn.in_proj":
                 for letter, third in zip("qkv", value.chunk(3), strict=True):
                     out[f"{layer}.self_attn.{letter}_proj.{kind}"] = third.clone()
-            elif part in parts:
-                out[f"{layer}.{parts[part]}.{kind}"] = value
+            else:
+                out[f"{layer}.{parts.get(part, part)}.{kind}"] = value
     return out
 
 
@@ -213,11 +240,3 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
-
-
-def _refuse_incomplete(path: Path, name: str, missing: list[str]) -> None:
-    raise UserError(
-        f"the file lacks {len(missing)} tensors of the {name}, the first {missing[0]}",
-        str(path),
-        "download it again, or give a full file of a Stable Diffusion 1.x or 2.x model",
-    )

@@ -21,19 +21,21 @@ class UNetClip(ModelFamily):
     """A UNet over VAE latents, conditioned on one CLIP text encoder."""
 
     clip_skip: int = Field(
-        0, ge=0, le=11, description="How many of the text encoder's last layers to skip; 0 uses the last one."
+        default=0, ge=0, le=11, description="How many of the text encoder's last layers to skip; 0 uses the last one."
     )
     prompt_chunks: int = Field(
-        1, ge=1, le=8, description="Chunks of 75 tokens a caption may fill; longer captions are cut, and counted."
+        default=1,
+        ge=1,
+        le=8,
+        description="Chunks of 75 tokens a caption may fill; longer captions are cut, and counted.",
     )
 
     def fitting(self, components: Components) -> Components:
         """`components` as given; raises UserError if they do not fit together or cannot do what the config asks."""
         unet, latents = components.unet.config["in_channels"], components.vae.config["latent_channels"]
         if unet != latents:
-            seems = {9: ": an inpainting model", 8: ": an image-editing model", 5: ": a depth model"}.get(unet, "")
             raise UserError(
-                f"the UNet takes {unet} channels but the VAE makes {latents}{seems}",
+                f"the UNet takes {unet} channels but the VAE makes {latents}: it {task_of(unet)}",
                 components.provenance.source,
                 "give a text-to-image model",
             )
@@ -98,6 +100,12 @@ class UNetClip(ModelFamily):
     def latent_shape(self, vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
         factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         return vae.config["latent_channels"], image_size // factor, image_size // factor
+
+
+def task_of(channels: int) -> str:
+    """What a UNet of Stable Diffusion with other than 4 input channels seems to be, as the end of a sentence."""
+    tasks = {9: "an inpainting model", 8: "an image-editing model", 7: "an upscaler", 5: "a depth model"}
+    return f"seems to be {tasks.get(channels, 'made for another task')}"
 
 
 def _padded(tokenizer: CLIPTokenizer, chunk: list[int], length: int) -> list[int]:

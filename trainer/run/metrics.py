@@ -108,8 +108,11 @@ class MetricsLog:
             if not existed:
                 fsync_folder(self.path.parent)
         facts, expected = os.fstat(self._descriptor), self._durable_bytes + self._tail_written
-        if facts.st_nlink == 0 or facts.st_size < expected:
-            raise StorageFailed(f"{self.path} was removed or cut by someone else while the run was writing it")
+        in_place = self.path.exists() and os.path.samestat(facts, self.path.stat())
+        if not in_place or facts.st_size < expected:
+            raise StorageFailed(
+                f"{self.path} was removed, replaced or cut by someone else while the run was writing it"
+            )
         if facts.st_size > expected:  # torn bytes that could not be cut when they were written
             os.ftruncate(self._descriptor, expected)
         return self._descriptor

@@ -12,7 +12,7 @@ REDACTED = "[redacted]"
 SECRET_WORDS = {"token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey", "auth"}
 KEY_OWNERS = {"api", "access", "secret", "private", "auth", "account", "signing", "encryption", "wandb", "service"}
 
-_URL_LOGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?!git@)(?:[^/\s\"'<>]+|[^/\s\"'<>:@]+:[^\s\"'<>]+)@", re.I)
+_URL_LOGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?!git@)(?:[^/\s\"'<>:@]*:[^\s\"'<>]+|[^/\s\"'<>]+)@", re.I)
 _KNOWN_FORMS = re.compile(
     r"""
     -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----.*?(?:-----END[ ][A-Z ]*PRIVATE[ ]KEY-----|\Z)

@@ -72,20 +72,18 @@ class RunDir:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     probe.unlink()
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        except (OSError, ValueError) as error:
             raise self._unusable(error) from None
 
     def create(self) -> None:
         """Makes the folder and its missing parents, durably; raises UserError if that cannot be."""
-        missing = []
         try:
-            for folder in (self.path, *self.path.parents):
-                if folder.is_dir():
-                    break
-                missing.append(folder)
+            nearest = self._nearest_folder()
             self.path.mkdir(parents=True, exist_ok=True)
-            for folder in missing:
-                fsync_folder(folder.parent)
+            folder = self.path
+            while folder != nearest:
+                folder = folder.parent
+                fsync_folder(folder)
         except (OSError, ValueError) as error:
             raise self._unusable(error) from None
 
@@ -95,19 +93,16 @@ class RunDir:
 
     def _nearest_folder(self) -> Path:
         """The folder itself or the nearest parent that exists; raises OSError if the rest cannot be made below it."""
+        if "\0" in str(self.path):
+            raise ValueError("a path cannot hold a NUL character")
         missing: list[str] = []
         for folder in (self.path, *self.path.parents):
-            try:
-                is_folder = folder.is_dir()
-                exists = is_folder or os.path.lexists(folder)
-            except NotADirectoryError:
-                exists = is_folder = False
-            if is_folder:
+            if folder.is_dir():
                 longest = os.pathconf(folder, "PC_NAME_MAX")
                 if any(len(os.fsencode(name)) > longest for name in missing):
                     raise OSError(errno.ENAMETOOLONG, f"a name in it has more than {longest} bytes")
                 return folder
-            if exists:
+            if os.path.lexists(folder):
                 kind = "a link to nowhere" if folder.is_symlink() and not folder.exists() else "not a folder"
                 raise OSError(errno.ENOTDIR, f"'{folder}' is {kind}")
             missing.append(folder.name)

@@ -78,9 +78,8 @@ class ImageFolder(Source):
         if len(there) == 2:
             raise UserError("there are both metadata.jsonl and metadata.csv", self.data_root, "keep one of them")
         if not there:
-            seen = (
-                "no metadata.jsonl or metadata.csv in the folder" if os.listdir(folder.root) else "the folder is empty"
-            )
+            full = os.listdir(folder.root)
+            seen = "no metadata.jsonl or metadata.csv in the folder" if full else "the folder is empty"
             raise UserError(seen, self.data_root, self._example())
         (name,) = there
         if (found := folder.find(name)) != "file":
@@ -110,7 +109,8 @@ class ImageFolder(Source):
 
     def _text(self, row: dict[str, Any], column: str, key: str) -> str:
         if column not in row:
-            near = difflib.get_close_matches(column, row, 1, 0.5)
+            others = [name for name in row if name not in (self.image_column, self.caption_column)]
+            near = others if len(others) == 1 else difflib.get_close_matches(column, others, 1, 0.5)
             hint = f"set data.{key}={near[0]}?" if near else f"set data.{key}"
             there = ", ".join(map(shown, list(row)[:10])) or "no column"
             raise ValueError(f"no column {column!r}; the line has {there}: {hint}")

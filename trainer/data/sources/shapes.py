@@ -31,9 +31,9 @@ COLOURS: dict[str, RGB] = {
     "pink": (255, 90, 190),
 }
 BACKGROUNDS: dict[str, RGB] = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
-SIZES: dict[str, float] = {"small": 0.16, "large": 0.3}  # the mean radius, as a fraction of the picture's side
+SIZES: dict[str, float] = {"small": 0.15, "large": 0.28}  # the mean radius, as a fraction of the picture's side
 SIZE_JITTER = 0.1
-MARGIN = 0.02  # of the side, between the shape and the picture's edge
+MARGIN = 0.04  # of the side, between the shape and the picture's edge
 DRAWING = 1  # counts up when the pictures change, so that the fingerprint does
 
 
@@ -138,8 +138,7 @@ def draw(combination: Combination, image_size: int, at: Place) -> Image:
     scale = fine * image_size
     for outline, ink in zip(OUTLINES[combination.shape], (255, 0), strict=False):
         turned = [(at.x + at.radius * (c * x - s * y), at.y + at.radius * (s * x + c * y)) for x, y in outline]
-        # ImageDraw counts pixel centres, not edges, hence the half pixel.
-        pen.polygon([(x * scale - 0.5, y * scale - 0.5) for x, y in turned], fill=ink)
+        pen.polygon([(x * scale, y * scale) for x, y in turned], fill=ink)
     picture = Image.new("RGB", (image_size, image_size), BACKGROUNDS[combination.background])
     picture.paste(COLOURS[combination.colour], mask=mask.reduce(fine))
     return picture

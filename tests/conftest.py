@@ -1,0 +1,81 @@
+"""What all tests share: the switches of the slow lanes, a switched-off model hub, and one complete small config.
+
+Torch is imported by the tests that need it, never by collecting them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ON = ("1", "true", "yes", "on")
+OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+LANES = {"slow": "--run-slow", "integration": "--run-integration"}
+
+# What the user asked for, before the fixture below switches the hub off for the tests that do not need it.
+SWITCHED_OFF = [name for name in OFFLINE_SWITCHES if os.environ.get(name, "").strip().lower() in ON]
+
+# The networks of the tests are too small for a second thread to pay, and sums must not depend on the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY = """\
+model: {kind: tiny}
+data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 64}
+train: {seed: 7, max_steps: 2, precision: fp32, global_batch_size: 4, micro_batch_size: 4, log_every: 1}
+objective: {kind: epsilon}
+lr: {kind: constant, peak: 1e-4, warmup_steps: 0}
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for lane, flag in LANES.items():
+        parser.addoption(flag, action="store_true", default=False, help=f"run the tests marked {lane}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for lane, flag in LANES.items():
+        if item.get_closest_marker(lane) and not item.config.getoption(flag):
+            pytest.skip(f"a test marked {lane} needs {flag}")
+    if item.get_closest_marker("integration") and SWITCHED_OFF:
+        name = SWITCHED_OFF[0]
+        pytest.skip(f"this test needs the model hub, and {name}={os.environ[name]} switches it off")
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("this test needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def hub_only_for_integration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the mark `integration` a test, and every process it starts, finds the model hub switched off."""
+    offline = request.node.get_closest_marker("integration") is None
+    if offline:
+        for name in OFFLINE_SWITCHES:
+            monkeypatch.setenv(name, "1")
+    # huggingface_hub reads the variable once, when it is imported, which may have been in another kind of test.
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[str], Path]:
+    """Write the text of a config and return its path."""
+
+    def write(text: str, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_config(write_config: Callable[[str], Path]) -> Path:
+    """A config that trains the tiny networks on built-in pictures for two steps; nothing is downloaded."""
+    return write_config(TINY)

@@ -1,0 +1,242 @@
+"""Whole runs on one process: resume, accumulation, init_from, samples, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.cli import main
+
+CONFIG = """\
+model: {kind: tiny}
+data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 10, caption_dropout: 0.2, random_flip: true}
+train: {seed: 7, max_steps: 6, global_batch_size: 4, micro_batch_size: 4, log_every: 4, deterministic: true}
+objective: {kind: epsilon}
+lr: {kind: constant, peak: 1e-3, warmup_steps: 3}
+ema: {decay: 0.9}
+checkpoint: {every_steps: 2, keep_last: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def train(config: Path, run: Path, *options: str) -> int:
+    return main(["train", "--config", str(config), "--output-dir", str(run), *options])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["timing"]
+    return lines
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    return torch.load(run / f"checkpoint-{step}.pt", weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one_bit_for_bit(config, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(config, whole) == 0
+    assert train(config, broken, "--set", "train.max_steps=2") == 0
+    assert train(config, broken, "--resume", "auto", "--set", "train.max_steps=4", "data.num_workers=2") == 0
+    assert train(config, broken, "--resume", "latest") == 0
+    for part in ("modules", "optimizer", "ema"):
+        assert same(checkpoint(whole, 6)[part], checkpoint(broken, 6)[part]), part
+    assert metrics(whole) == metrics(broken)
+
+
+def test_training_a_text_encoder_in_bf16_resumes_exactly_too(config, tmp_path):
+    options = ["--set", "model.train_text_encoder=true", "train.precision=bf16", "objective.kind=flow"]
+    assert train(config, tmp_path / "whole", *options) == 0
+    assert train(config, tmp_path / "broken", *options, "train.max_steps=3") == 0
+    assert train(config, tmp_path / "broken", *options, "--resume", "auto") == 0
+    whole, broken = checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "broken", 6)
+    assert same(whole["modules"], broken["modules"])
+    assert whole["modules"].keys() == {"unet", "text_encoder"}
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+
+
+def test_accumulation_changes_nothing_but_float_rounding(config, tmp_path):
+    assert train(config, tmp_path / "whole") == 0
+    assert train(config, tmp_path / "cut", "--set", "train.micro_batch_size=1") == 0
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_metrics_hold_every_step_once_whatever_log_every_is(config, tmp_path):
+    assert train(config, tmp_path / "run", "--set", "train.log_every=100") == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [line["images_seen"] for line in metrics(tmp_path / "run")] == [4, 8, 12, 16, 20, 24]
+    assert [line["lr"] for line in metrics(tmp_path / "run")][:4] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
+
+
+def test_only_the_newest_checkpoints_are_kept_and_the_manifest_lists_them(config, tmp_path):
+    assert train(config, tmp_path / "run") == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == ["checkpoint-4.pt", "checkpoint-6.pt"]
+    manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
+    assert [entry["step"] for entry in manifest["checkpoints"]] == [4, 6]
+    assert manifest["topology"] == {"world_size": 1, "micro_batch_size": 4, "accumulation": 1, "num_machines": 1}
+    assert manifest["data"]["records"] == 10
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+    newest = run / "checkpoint-6.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert train(config, run, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-6 is passed over: its sha256" in said
+    assert "at step 4" in said
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_with_each_named(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+    for path in run.glob("checkpoint-*.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(config, run, "--resume", "auto") == 2
+    said = capsys.readouterr().err
+    assert "checkpoint-4:" in said
+    assert "checkpoint-6:" in said
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_is_untouched(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert train(config, run) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_resume_with_another_objective_is_refused_unless_that_key_is_allowed(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(config, run, "--set", "train.max_steps=2") == 0
+    assert train(config, run, "--resume", "auto", "--set", "objective.kind=v_prediction") == 2
+    assert "objective.kind: 'epsilon' -> 'v_prediction'" in capsys.readouterr().err
+    allowed = ["--allow-change", "objective.kind"]
+    assert train(config, run, "--resume", "auto", "--set", "objective.kind=v_prediction", *allowed) == 0
+
+
+def test_resume_latest_needs_a_checkpoint_and_auto_starts_without_one(config, tmp_path, capsys):
+    assert train(config, tmp_path / "run", "--resume", "latest") == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run", "--resume", "auto") == 0
+    assert "starting at step 0" in capsys.readouterr().out
+
+
+def test_a_branch_from_a_checkpoint_carries_its_history(config, tmp_path):
+    assert train(config, tmp_path / "run") == 0
+    branch = tmp_path / "branch"
+    assert train(config, branch, "--resume", str(tmp_path / "run" / "checkpoint-4.pt")) == 0
+    assert metrics(branch) == metrics(tmp_path / "run")
+    assert same(checkpoint(branch, 6)["modules"], checkpoint(tmp_path / "run", 6)["modules"])
+
+
+def test_init_from_starts_a_new_run_from_another_runs_averaged_weights(config, tmp_path):
+    assert train(config, tmp_path / "first") == 0
+    source = f"model.init_from={tmp_path / 'first'}@4"
+    assert train(config, tmp_path / "second", "--set", source, "train.max_steps=1", "lr.peak=1e-12") == 0
+    averaged, started = checkpoint(tmp_path / "first", 4)["ema"], checkpoint(tmp_path / "second", 1)["modules"]["unet"]
+    assert all(torch.allclose(started[name.removeprefix("unet.")], average) for name, average in averaged.items())
+    assert metrics(tmp_path / "second")[0]["images_seen"] == 4
+
+
+def test_a_non_finite_gradient_changes_nothing_and_ends_the_run_after_max_bad_steps(config, tmp_path, capsys):
+    plugin = tmp_path / "broken_loss.py"
+    plugin.write_text(
+        "from trainer.objectives.flow import Flow\n"
+        "class Broken(Flow):\n"
+        "    kind = 'broken'\n"
+        "    def loss(self, pred, target):\n"
+        "        return super().loss(pred, target) * float('nan')\n"
+    )
+    import sys
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        options = ["--set", "plugins=[broken_loss]", "objective.kind=broken", "train.max_bad_steps=3", "train.log_every=1"]
+        assert train(config, tmp_path / "run", *options) == 76
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "not finite in 3 steps in a row" in capsys.readouterr().err
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [True, True, True]
+    assert lines[0]["loss"] is None
+    manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
+    assert (manifest["status"]["state"], manifest["status"]["exit_code"]) == ("diverged", 76)
+    saved = checkpoint(tmp_path / "run", 2)
+    assert all(torch.isfinite(weight).all() for weight in saved["modules"]["unet"].values())
+    assert all(float(entry["step"]) == 0 for entry in saved["optimizer"]["state"].values())
+
+
+def test_held_out_loss_joins_the_metrics_and_does_not_depend_on_the_micro_batch(config, tmp_path):
+    options = ["--set", "data.validation_fraction=0.4", "validation.every_steps=3", "data.num_images=30"]
+    assert train(config, tmp_path / "a", *options) == 0
+    assert train(config, tmp_path / "b", *options, "train.micro_batch_size=2") == 0
+    a, b = ([line.get("validation_loss") for line in metrics(tmp_path / run)] for run in ("a", "b"))
+    assert [value is not None for value in a] == [False, False, True, False, False, True]
+    assert a[5] == pytest.approx(b[5], rel=1e-5)
+
+
+def test_sample_grids_are_drawn_at_step_0_and_at_the_end_and_by_the_sample_command(config, tmp_path, capsys):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    options = ["--set", "validation.prompts=[a red circle, a blue square]", "validation.every_steps=5", "validation.sampler_steps=2"]
+    assert train(config, run, *options) == 0
+    names = sorted(path.name for path in (run / "samples").iterdir())
+    assert names == ["step-000000.png", "step-000005.png", "step-000006.png"]
+    grid = Image.open(run / "samples" / "step-000006.png")
+    assert grid.width > 2 * 128
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    for output in (first, again):
+        command = ["sample", "--run", str(run), "--prompt", "a red circle", "--steps", "2", "--output", str(output)]
+        assert main(command) == 0
+    assert first.read_bytes() == again.read_bytes()
+    assert Image.open(first).size == (32, 32)
+
+
+def test_a_dry_run_does_one_step_names_the_memory_by_part_and_leaves_nothing(config, tmp_path, capsys):
+    assert train(config, tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    for part in ("trained weights", "gradients", "optimizer (adamw)", "EMA", "VAE", "peak of rank 0"):
+        assert part in said, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_eight_pictures_are_learnt_by_heart(config, tmp_path):
+    options = ["data.num_images=8", "data.caption_dropout=0", "data.random_flip=false", "data.center_crop=true"]
+    options += ["train.global_batch_size=8", "train.micro_batch_size=8", "train.max_steps=250", "lr.peak=3e-3"]
+    options += ["objective.kind=flow", "checkpoint.every_steps=1000", "train.deterministic=false", "lr.warmup_steps=20"]
+    assert train(config, tmp_path / "run", "--set", *options) == 0
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert sum(losses[-20:]) / 20 < 0.5 * sum(losses[:5]) / 5

@@ -1,0 +1,110 @@
+"""The smoke run: two steps, every artifact, both checkpoints; one body for the CPU, a GPU, and a GPU with the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import main
+from trainer.data.dummy import write_dummy_imagefolder
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from smoke_checklist import FILLED_NAME, TEMPLATE, collect_metadata, fill_checklist  # noqa: E402
+
+CONFIG = ROOT / "configs" / "smoke_text2image.yaml"
+
+
+def smoke(folder: Path, precision: str, overrides: list[str]) -> Path:
+    """Train two steps in `precision` and check what the run left; returns the run directory."""
+    import torch
+
+    data_root, run = folder / "data", folder / f"run_{precision}"
+    write_dummy_imagefolder(data_root, num_images=4, image_size=64)
+    command = ["train", "--config", str(CONFIG), "--output-dir", str(run), "--set", f"data.data_root={data_root}"]
+    assert main([*command, f"train.precision={precision}", *overrides]) == 0
+
+    for name in ("env.json", "config.resolved.yaml", "run_manifest.json", "metrics.jsonl"):
+        assert (run / name).stat().st_size > 0, name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["loss"] > 0 and not line["skipped"] for line in lines)
+    for step in (1, 2):
+        content = torch.load(run / f"checkpoint-{step}.pt", weights_only=True)
+        assert content["step"] == step
+        assert {"format", "modules", "optimizer", "ema", "scaler", "config"} <= content.keys()
+        weights = content["modules"]["unet"].values()
+        assert all(weight.dtype == torch.float32 for weight in weights), "the masters stay fp32"
+        assert (run / f"checkpoint-{step}.json").is_file()
+    manifest = json.loads((run / "run_manifest.json").read_text())
+    assert manifest["status"] == {"state": "done", "exit_code": 0, "reason": "2 steps"}
+    assert [checkpoint["step"] for checkpoint in manifest["checkpoints"]] == [1, 2]
+    return run
+
+
+def test_smoke_on_the_cpu_with_the_tiny_model(tmp_path):
+    smoke_in_every_precision(tmp_path, ["fp32", "bf16"], "model.kind=tiny")
+    filled = (tmp_path / FILLED_NAME).read_text()
+    assert re.search(r"^\| bf16 smoke .*\| PASS \|", filled, re.MULTILINE)
+    assert re.search(r"^\| fp16 smoke .*\| NA \|", filled, re.MULTILINE)
+
+
+def test_a_failing_smoke_is_written_down_as_a_failure(tmp_path):
+    with pytest.raises(AssertionError):
+        smoke_in_every_precision(tmp_path, ["fp32"], "model.kind=tiny", "checkpoint.every_steps=2")
+    assert re.search(r"^\| Run GPU smoke .*\| FAIL \|", (tmp_path / FILLED_NAME).read_text(), re.MULTILINE)
+
+
+def test_fp16_without_a_gpu_is_refused_and_leaves_nothing(tmp_path, capsys):
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    write_dummy_imagefolder(tmp_path / "data", num_images=4, image_size=64)
+    run = tmp_path / "run"
+    command = ["train", "--config", str(CONFIG), "--output-dir", str(run), "--set", "model.kind=tiny"]
+    assert main([*command, f"data.data_root={tmp_path / 'data'}", "train.precision=fp16"]) == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+    assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.text2image
+def test_smoke_on_a_gpu_with_the_tiny_model(tmp_path):
+    smoke_in_every_precision(tmp_path, gpu_precisions(), "model.kind=tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.text2image
+@pytest.mark.integration
+def test_smoke_on_a_gpu_with_the_hub_model(tmp_path):
+    smoke_in_every_precision(tmp_path, gpu_precisions())
+
+
+def gpu_precisions() -> list[str]:
+    import torch
+
+    return ["fp32", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else [])]
+
+
+def smoke_in_every_precision(folder: Path, precisions: list[str], *overrides: str) -> None:
+    """One smoke run for each precision, and the filled-in checklist beside them, also if one fails."""
+    rows = {"fp32": "Run GPU smoke", "fp16": "fp16 smoke", "bf16": "bf16 smoke"}
+    results = {row: ("NA", "this device has no such precision") for row in rows.values()}
+    runs = []
+    try:
+        for precision in precisions:
+            results[rows[precision]] = ("FAIL", "see pytest's log")
+            runs.append(smoke(folder, precision, list(overrides)))
+            results[rows[precision]] = ("PASS", str(runs[-1]))
+    finally:
+        run = runs[-1] if runs else folder / f"run_{precisions[0]}"
+        env, manifest = (json.loads((run / name).read_text()) for name in ("env.json", "run_manifest.json"))
+        fill_checklist(TEMPLATE, folder / FILLED_NAME, collect_metadata(env, manifest), results)
