@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.data.sources.shapes import BACKGROUNDS, COLOURS, Combination, ShapeRecords, draw, place
@@ -30,6 +30,7 @@ NUM_FRESH = 500
 WARM_UP_STEPS = 50
 EMA_DECAY = 0.995
 CLIP_NORM = 1.0
+START_LOG_VARIANCE = -4.0  # of the posterior, so that its noise does not drown the first signals
 RANDOM_COLOUR = 0.2  # share of pictures whose colour is any RGB: a latent space with no holes between the hues
 SHAPE_WEIGHT = 3.0  # added to a pixel's weight of 1 on the shape and 2 px around: most of a picture is background
 CHROMA_WEIGHT = 2.0  # on the squared error that is left once the pixel's mean error is taken out: hue is learnt late
@@ -111,6 +112,9 @@ def start_as_pooling(vae: nn.Module) -> None:
             continue
         if module.bias is not None and not name.endswith("encoder.conv_in"):
             nn.init.zeros_(module.bias)
+    quant = vae.quant_conv
+    assert isinstance(quant, nn.Conv2d) and quant.bias is not None
+    quant.bias[quant.out_channels // 2 :] = START_LOG_VARIANCE
 
 
 def loss_of(vae: nn.Module, pixels: Tensor, masks: Tensor, eps: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:

@@ -24,47 +24,65 @@ Precision = Literal["fp32", "fp16", "bf16"]
 class TrainSection(Section):
     """The run as a whole."""
 
-    output_dir: str | None = Field(None, description="The run directory; null means runs/<name of the config file>.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Decides, with a sample's slot, everything random.")
+    output_dir: str | None = Field(
+        default=None, description="The run directory; null means runs/<name of the config file>."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Decides, with a sample's slot, everything random.")
     max_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
-    precision: Precision = Field("fp32", description="Compute precision; the trainable weights stay fp32.")
+    precision: Precision = Field(default="fp32", description="Compute precision; the trainable weights stay fp32.")
     global_batch_size: int = Field(ge=1, description="Images per optimizer step over all ranks.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Images per rank per forward; null means global_batch_size / ranks, no accumulation."
+        default=None,
+        ge=1,
+        description="Images per rank per forward; null means global_batch_size / ranks, no accumulation.",
     )
-    deterministic: bool = Field(False, description="Use only deterministic kernels; an operation without one raises.")
-    log_every: int = Field(10, ge=1, description="Steps between writes of metrics.jsonl, and between device syncs.")
+    deterministic: bool = Field(
+        default=False, description="Use only deterministic kernels; an operation without one raises."
+    )
+    log_every: int = Field(
+        default=10, ge=1, description="Steps between writes of metrics.jsonl, and between device syncs."
+    )
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="Gradients are scaled down to this global norm; null turns clipping off."
+        default=1.0, gt=0, description="Gradients are scaled down to this global norm; null turns clipping off."
     )
     max_bad_steps: int = Field(
-        10, ge=1, description="Steps in a row with a non-finite gradient after which the run ends as diverged."
+        default=10, ge=1, description="Steps in a row with a non-finite gradient after which the run ends as diverged."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory, about 30 % slower."
+    )
 
 
 class ValidationSection(Section):
     """Sample grids from fixed prompts and seeds, and the loss on held-out records; absent = off."""
 
-    prompts: tuple[str, ...] = Field((), description="Prompts of the sample grid; none means no grid.")
+    prompts: tuple[str, ...] = Field(default=(), description="Prompts of the sample grid; none means no grid.")
     every_steps: int = Field(ge=1, description="Optimizer steps between validations; step 0 and the end are included.")
-    seed: int = Field(0, ge=0, description="Decides the starting noise of each prompt, and the noise of the held-out loss.")
-    sampler_steps: int = Field(20, ge=1, le=1000, description="Network evaluations per picture.")
-    guidance: float = Field(5.0, ge=0, description="Classifier-free guidance scale; 1 turns guidance off.")
-    max_records: int = Field(64, ge=1, description="Held-out records (data.validation_fraction) the loss is taken over.")
+    seed: int = Field(
+        default=0, ge=0, description="Decides the starting noise of each prompt, and the noise of the held-out loss."
+    )
+    sampler_steps: int = Field(default=20, ge=1, le=1000, description="Network evaluations per picture.")
+    guidance: float = Field(default=5.0, ge=0, description="Classifier-free guidance scale; 1 turns guidance off.")
+    max_records: int = Field(
+        default=64, ge=1, description="Held-out records (data.validation_fraction) the loss is taken over."
+    )
 
 
 class CheckpointSection(Section):
     """When state is saved; the last step always is."""
 
-    every_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
-    keep_last: int = Field(3, ge=2, description="Newest checkpoints that are kept; at least two, so that one may be bad.")
+    every_steps: int = Field(default=500, ge=1, description="Optimizer steps between checkpoints.")
+    keep_last: int = Field(
+        default=3, ge=2, description="Newest checkpoints that are kept; at least two, so that one may be bad."
+    )
 
 
 class Config(Section):
     """Everything a run is made of."""
 
-    plugins: tuple[str, ...] = Field((), description="Python modules with further kinds, imported before validation.")
+    plugins: tuple[str, ...] = Field(
+        default=(), description="Python modules with further kinds, imported before validation."
+    )
     model: ModelFamily
     data: Source
     train: TrainSection
@@ -76,10 +94,11 @@ class Config(Section):
     ema: EmaSpec | None = None
     validation: ValidationSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
-    hooks: tuple[Hook, ...] = Field((), description="Further hooks by kind, run after the built-in ones in this order.")
+    hooks: tuple[Hook, ...] = Field(
+        default=(), description="Further hooks by kind, run after the built-in ones in this order."
+    )
 
     def to_yaml(self) -> str:
         """Every value of the run, defaults included, as YAML that loads as an equal config."""
         values = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-

@@ -118,7 +118,9 @@ def _import_plugins(names: Any, where: str) -> None:
             ) from None
 
 
-def _drop_keys_of_the_old_kind(section: str, values: dict[str, Any], kept: set[Loc], say: Callable[[str], None]) -> None:
+def _drop_keys_of_the_old_kind(
+    section: str, values: dict[str, Any], kept: set[Loc], say: Callable[[str], None]
+) -> None:
     part = _part(section, values)
     if part is None:
         return  # an unknown section or kind, which validation names
@@ -177,9 +179,7 @@ def _explain(fault: Any, values: dict[str, Any]) -> str:
 def _nearest(key: str, known: Sequence[str]) -> str:
     if match := difflib.get_close_matches(key, known, 1):
         return f"; did you mean `{match[0]}`?"
-    owners = [
-        name for name in Config.model_fields if key in _keys([name], {})
-    ]
+    owners = [name for name in Config.model_fields if key in _keys([name], {})]
     return f"; `{key}` belongs to section `{owners[0]}`" if owners else f"; known are {', '.join(known)}"
 
 

@@ -57,7 +57,9 @@ def _table(section: type[Section]) -> str:
     properties = section.model_json_schema()["properties"]
     for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=str)}`"
-        rows.append(f"| `{key}` | {_type(field.annotation)}{_bounds(properties[key])} | {default} | {field.description} |")
+        rows.append(
+            f"| `{key}` | {_type(field.annotation)}{_bounds(properties[key])} | {default} | {field.description} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -74,7 +76,11 @@ def _type(annotation: Any) -> str:
 
 def _bounds(schema: dict[str, Any]) -> str:
     bounded = next((option for option in schema.get("anyOf", []) if option.get("type") != "null"), schema)
-    words = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
+    words = {
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
+        "multipleOf": "multiple of",
+    }
     return "".join(f", {word} {bounded[key]:g}" for key, word in words.items() if key in bounded)
-
-

@@ -29,7 +29,7 @@ def draw(
     modules = config.model.trainable(components)
     step = load_weights(modules, str(run), averaged)
     for network in (components.unet, components.text_encoder, components.vae):
-        network.to(runtime.device).eval()  # pyright: ignore
+        network.to(runtime.device).eval()
     vae = OnlineVae(components.vae, config.model.vae_precision)
     sampler = Sampler(config.model, components, config.objective, vae, config.data.image_size, steps, guidance)
     with runtime.autocast():

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 class EmaSpec(Section):
     """Section `ema`; absent = off."""
 
-    decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay per optimizer step.")
-    warmup: bool = Field(True, description="Grow the decay as (1 + step) / (10 + step), so that early weights fade.")
+    decay: float = Field(default=0.9999, ge=0, lt=1, description="Largest decay per optimizer step.")
+    warmup: bool = Field(
+        default=True, description="Grow the decay as (1 + step) / (10 + step), so that early weights fade."
+    )
 
     def decay_at(self, step: int) -> float:
         """The decay that the update after the 0-based `step` uses: a pure function of the step."""
@@ -41,6 +43,7 @@ class Ema:
         rate = 1 - self.spec.decay_at(step)
         if skipped.device.type == "cpu":
             if not skipped:
-                torch._foreach_lerp_(averages, current, rate)
+                torch._foreach_lerp_(averages, current, rate)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_lerp_(averages, current, [rate * (1 - skipped)] * len(averages))
+            rates = [rate * (1 - skipped)] * len(averages)
+            torch._foreach_lerp_(averages, current, rates)  # pyright: ignore[reportPrivateImportUsage]

@@ -42,7 +42,7 @@ class MainHook(Hook):
     def on_start(self, view: RunView) -> None:
         """Before the first step of this start, new or resumed."""
 
-    def on_metrics(self, view: RunView, records: list[dict[str, Any]]) -> None:
+    def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
         """The metrics lines of the steps since the last call, oldest first; at least every `train.log_every` steps."""
 
     def after_step(self, view: RunView, last: bool) -> None:

@@ -54,4 +54,4 @@ class OnlineVae:
         return pixels.float().clamp(-1, 1)
 
     def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(like.device.type, enabled=False)  # pyright: ignore
+        return torch.autocast(like.device.type, enabled=False)

@@ -38,7 +38,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
         for line in checked.equations():
             say(line)
         if idle := runtime.idle_gpus():
-            say(f"note   {idle} GPUs of this machine stay idle: accelerate launch --multi_gpu trainer/train.py uses them")
+            say(f"note   {idle} GPUs here stay idle; accelerate launch --multi_gpu trainer/train.py uses them")
         training = assemble(checked, runtime, run_dir, start)
         for line in describe(training):
             say(line)
@@ -50,9 +50,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
         runtime.close()
 
 
-def _start(
-    checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say
-) -> Found | None:
+def _start(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say) -> Found | None:
     """Rank 0: choose the checkpoint to go on from, and prepare the folder."""
     start = choose_start(run_dir, resume, say)
     if start is not None:
@@ -69,9 +67,16 @@ def _start(
         say(f"note   removed {stray}, left half-written by a killed run")
     if start is not None and start.path.parent.resolve() != run_dir.path.resolve():
         # A branch of another run: its history up to here belongs to this one.
+        history = read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]]
+        if len(history) < start.sidecar["step"]:
+            raise UserError(
+                f"the run of this checkpoint has metrics of only {len(history)} steps",
+                str(start.path.parent),
+                "branch off from a whole run directory",
+            )
         log = MetricsLog(run_dir.metrics)
         log.rewind(0)
-        log.append(read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]])
+        log.append(history)
         log.sync()
     return start
 
@@ -98,7 +103,9 @@ def describe(training: Training) -> list[str]:
 def _count(module: nn.Module) -> str:
     total = sum(parameter.numel() for parameter in module.parameters())
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    state = "trained" if trainable == total else "frozen" if trainable == 0 else f"of which {trainable / 1e6:.3g} M trained"
+    state = (
+        "trained" if trainable == total else "frozen" if trainable == 0 else f"of which {trainable / 1e6:.3g} M trained"
+    )
     return f"{total / 1e6:.3g} M {state}"
 
 

@@ -147,8 +147,12 @@ class Crew:
         self._each_main(lambda hook, view: hook.after_step(view, last) if hook.due(step, last) else None)
 
     def end(self, state: str, exit_code: int, reason: str) -> None:
-        """After the run, however it ended."""
-        self._each_main(lambda hook, view: hook.on_end(view, state, exit_code, reason))
+        """After the run, however it ended; a hook that fails now must not hide why the run ended."""
+        for hook in self.main:
+            try:
+                hook.on_end(self.view(), state, exit_code, reason)
+            except Exception as error:  # noqa: BLE001
+                self.say(f"warning: {type(hook).__name__} failed at the end: {type(error).__name__}: {error}")
 
     def _each_main(self, act: Callable[[MainHook, RunView], None]) -> None:
         for hook in list(self.main):
@@ -159,4 +163,3 @@ class Crew:
                     raise
                 self.main.remove(hook)
                 self.say(f"warning: {type(hook).__name__} failed and is switched off: {type(error).__name__}: {error}")
-

@@ -17,7 +17,7 @@ class LrLaw(Part, home="trainer.lr", default_kind="constant"):
     depends_on_max_steps: ClassVar[bool] = False
 
     peak: float = Field(gt=0, description="Largest learning rate, reached after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from peak/warmup_steps.")
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps of linear warm-up from peak/warmup_steps.")
 
     def rate(self, step: int, max_steps: int) -> float:
         """The learning rate of the 0-based `step` of `max_steps`."""
@@ -45,7 +45,9 @@ class Decay(LrLaw):
 
     depends_on_max_steps: ClassVar[bool] = True
 
-    final_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of the peak.")
+    final_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of the peak."
+    )
 
 
 class Linear(Decay):

@@ -40,11 +40,12 @@ class Preflight:
         train, data, deal = self.config.train, self.config.data, self.topology
         images, epoch = train.max_steps * train.global_batch_size, len(self.training_indices)
         ranks = f"{deal.world_size} rank{'s' * (deal.world_size > 1)}"
+        steps, batch = train.max_steps, deal.global_batch
         return [
             f"data   {len(self.records)} records = {epoch} to train on + {len(self.held_out_indices)} held out "
             f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
-            f"batch  {deal.global_batch} images = {deal.micro_batch} images x {ranks} x {deal.accumulation} accumulation",
-            f"run    {train.max_steps} steps x {deal.global_batch} images = {images} images = {images / epoch:.4g} epochs",
+            f"batch  {batch} images = {deal.micro_batch} images x {ranks} x {deal.accumulation} accumulation",
+            f"run    {steps} steps x {batch} images = {images} images = {images / epoch:.4g} epochs",
         ]
 
     def manifest_facts(self, command: Sequence[str], provenance: Provenance | None = None) -> dict[str, Any]:
@@ -83,7 +84,4 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
     config.model.check()
     records = config.data.open()
     training, held_out = split(records, config.data.validation_fraction)
-    return Preflight(
-        loaded, records, training, held_out, topology, config.model.provenance(), records.fingerprint()
-    )
-
+    return Preflight(loaded, records, training, held_out, topology, config.model.provenance(), records.fingerprint())

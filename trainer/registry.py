@@ -11,7 +11,14 @@ import importlib
 import pkgutil
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, field_validator, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from trainer.errors import UserError
@@ -68,7 +75,7 @@ class Part(Section):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """The part that the mapping `value` describes; raises pydantic's ValidationError with the path of each fault."""
+        """The part that the mapping `value` describes; raises ValidationError with the path of each fault."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):

@@ -25,9 +25,7 @@ FREE = (
 )
 
 
-def choose_start(
-    run_dir: RunDir, resume: str, say: Callable[[str], None]
-) -> Found | None:
+def choose_start(run_dir: RunDir, resume: str, say: Callable[[str], None]) -> Found | None:
     """The checkpoint that `--resume RESUME` means, or None for step 0; raises UserError if there is none to be had."""
     if resume == "none":
         refuse_second_run(run_dir)
@@ -35,7 +33,9 @@ def choose_start(
     if resume in ("auto", "latest"):
         found = find_newest(run_dir, say)
         if found is None and resume == "latest":
-            raise UserError("--resume latest, but there is no checkpoint", str(run_dir.path), "--resume auto starts at step 0")
+            raise UserError(
+                "--resume latest, but there is no checkpoint", str(run_dir.path), "--resume auto starts at step 0"
+            )
         if found is None:
             say(f"no checkpoint in {run_dir.path}: starting at step 0")
         return found
@@ -57,11 +57,15 @@ def _named(path: Path, run_dir: RunDir, say: Callable[[str], None]) -> Found:
     if path.is_dir():
         found = find_newest(RunDir(path), say)
         if found is None:
-            raise UserError("there is no checkpoint in this folder", str(path), "--resume wants auto, latest, none or a path")
+            raise UserError(
+                "there is no checkpoint in this folder", str(path), "--resume wants auto, latest, none or a path"
+            )
     else:
         step = path.stem.removeprefix("checkpoint-")
         if not path.is_file() or not step.isdecimal():
-            raise UserError(f"--resume {path}: there is no such run or checkpoint", fix="it wants auto, latest, none or a path")
+            raise UserError(
+                f"--resume {path}: there is no such run or checkpoint", fix="it wants auto, latest, none or a path"
+            )
         found = find(RunDir(path.parent), int(step))
     same_folder = found.path.parent.resolve() == run_dir.path.resolve()
     if same_folder and (newer := [step for step in run_dir.checkpoint_steps() if step > found.sidecar["step"]]):
@@ -71,7 +75,9 @@ def _named(path: Path, run_dir: RunDir, say: Callable[[str], None]) -> Found:
             "branch off into another --output-dir",
         )
     if not same_folder and run_dir.holds_run():
-        raise UserError("this folder holds another run already", str(run_dir.path), "branch off into a new --output-dir")
+        raise UserError(
+            "this folder holds another run already", str(run_dir.path), "branch off into a new --output-dir"
+        )
     return found
 
 

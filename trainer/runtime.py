@@ -48,12 +48,12 @@ class Runtime:
         self.device = self._accelerator.device
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
         self.precision: Precision = precision
-        self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler  # pyright: ignore
+        self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         self._check(deterministic)
         # Flags, barriers and gathered objects live on the host: waiting for them never waits for the GPU's queue.
-        self._host_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._host_group = _host_group() if self.world_size > 1 else None
 
     def _check(self, deterministic: bool) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -183,3 +183,8 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.use_deterministic_algorithms(False)
 
+
+def _host_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "this rank is not in the group of all ranks"
+    return group

@@ -20,7 +20,7 @@ class TrainState:
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     ema: Ema | None
-    scaler: torch.amp.GradScaler | None  # pyright: ignore[reportPrivateImportUsage]
+    scaler: torch.amp.GradScaler | None
     step: int = 0  # optimizer steps done
 
     def weights(self) -> dict[str, Tensor]:
@@ -62,10 +62,14 @@ class TrainState:
             return
         weights = self.weights()
         own = {name: weight.detach().clone() for name, weight in weights.items()}
-        with torch.no_grad():
-            torch._foreach_copy_(list(weights.values()), list(self.ema.average.values()))
+        _copy(weights, self.ema.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(list(weights.values()), list(own.values()))
+            _copy(weights, own)
+
+
+@torch.no_grad()
+def _copy(to: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(values[name])

@@ -25,7 +25,9 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self.signal = number
         # Written past Python's buffers: a handler may run in the middle of another print.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; again to stop at once\n".encode())
+        os.write(
+            2, f"\n{signal.Signals(number).name}: finishing this step, then saving; again to stop at once\n".encode()
+        )
 
     def close(self) -> None:
         """Put the former handlers back."""

@@ -19,7 +19,7 @@ class TimestepLaw(Part, home="trainer.timesteps", default_kind="uniform"):
     """The distribution of training times."""
 
     stratified: bool = Field(
-        True,
+        default=True,
         description="Spread the times of one step evenly over the global batch (Kingma et al. 2021, appendix I.1): "
         "the same law with less variance. False draws each sample's time on its own.",
     )
@@ -53,8 +53,8 @@ class LogitNormal(TimestepLaw):
 
     kind = "logit_normal"
 
-    mean: float = Field(0.0, description="Mean of the logit; positive favours noise.")
-    std: float = Field(1.0, gt=0, description="Standard deviation of the logit.")
+    mean: float = Field(default=0.0, description="Mean of the logit; positive favours noise.")
+    std: float = Field(default=1.0, gt=0, description="Standard deviation of the logit.")
 
     def quantile(self, u: float) -> float:
         normal = NormalDist(self.mean, self.std).inv_cdf(min(max(u, 2**-53), 1 - 2**-53))

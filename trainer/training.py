@@ -15,10 +15,10 @@ from trainer.config import Config
 from trainer.data.loader import Batch, Samples, SlotSchedule, load_batches
 from trainer.data.plan import BatchPlan
 from trainer.data.topology import Topology
+from trainer.denoiser import Denoiser
 from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.latents import LatentSource, OnlineVae
-from trainer.denoiser import Denoiser
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -59,11 +59,10 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
     if family.init_from is not None and start is None:
         load_weights(modules, family.init_from)
     if config.train.gradient_checkpointing:
-        for module in modules.values():
-            module.enable_gradient_checkpointing() if hasattr(module, "enable_gradient_checkpointing") else (
-                module.gradient_checkpointing_enable()
-            )
-    vae = OnlineVae(components.vae.to(device), family.vae_precision)  # pyright: ignore
+        components.unet.enable_gradient_checkpointing()
+        if family.train_text_encoder:
+            components.text_encoder.gradient_checkpointing_enable()
+    vae = OnlineVae(components.vae.to(device), family.vae_precision)
     model = runtime.prepare(Denoiser(family, components))
     state = TrainState(modules, config.optimizer.build(_trainable(modules)), None, runtime.scaler)
     if config.ema is not None:

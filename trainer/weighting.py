@@ -38,7 +38,7 @@ class MinSnr(Weighting):
 
     kind = "min_snr"
 
-    gamma: float = Field(5.0, gt=0, description="Signal-to-noise ratio above which the weight stays constant.")
+    gamma: float = Field(default=5.0, gt=0, description="Signal-to-noise ratio above which the weight stays constant.")
 
     def weight(self, snr: Tensor, x0_factor: Tensor) -> Tensor:
         # A finite snr has a finite factor; with no signal at all (snr = 0) epsilon's 0/0 cannot occur: it is refused.

@@ -35,7 +35,7 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[Path, int]]:
-    """The value of one YAML document, and the 1-based line of every node by its path; raises UserError with the line."""
+    """The value of a YAML document, and the 1-based line of every node by its path; raises UserError with the line."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{len(text)} characters are too many for a config", name, f"the limit is {MAX_BYTES}")
     try:

@@ -277,6 +277,8 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_loaded(saved: P
         (tmp_path / "absent", "does not exist"),
         ("a/b/c", "no hub id"),
         ("./model", "no hub id"),
+        ("~nobody/model", "no hub id"),
+        ("x" * 5000 + "/", "no hub id"),
         ("org/model.safetensors", "does not exist"),
         (tmp_path / "model.ckpt", "can run code"),
         ("absent.ckpt", "can run code"),
@@ -324,18 +326,22 @@ from trainer.models.sd import StableDiffusion
 for revision in (None, "old", "b" * 40):
     components = StableDiffusion(pretrained="org/name", revision=revision).load(0)
     print(json.dumps([components.provenance.revision, components.unet.conv_in.weight.sum().item()]))
+components = StableDiffusion(pretrained="org/name", variant="fp16").load(0)
+print(json.dumps([components.provenance.revision, components.unet.conv_in.weight.sum().item()]))
 for pretrained, revision in (("org/absent", None), ("org/name", "absent")):
     try:
         StableDiffusion(pretrained=pretrained, revision=revision).load(0)
     except UserError as error:
         print(json.dumps(str(error)))
 """
+    halve(repository / "snapshots" / commits["main"], "fp16")
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
     *loaded, absent, no_revision = map(json.loads, ran.stdout.splitlines())
     sums = [Tiny().load(seed).unet.conv_in.weight.sum().item() for seed in range(2)]
-    assert loaded == [["a" * 40, sums[0]], ["b" * 40, sums[1]], ["b" * 40, sums[1]]]
+    half = Tiny().load(0).unet.conv_in.weight.half().float().sum().item()
+    assert loaded == [["a" * 40, sums[0]], ["b" * 40, sums[1]], ["b" * 40, sums[1]], ["a" * 40, half]]
     for message in (absent, no_revision):
         assert "not complete in the local cache" in message
         assert len(message.splitlines()) == 3

@@ -248,6 +248,7 @@ def test_the_config_is_chosen_by_the_width_of_the_text(tmp_path: Path, width: in
     "keys, said",
     [
         ([K.replace("input_blocks.1", "input_blocks.4"), "conditioner.embedders.0.x"], "seems to be SDXL"),
+        ([K, VAE, CLIP, "model.diffusion_model.label_emb.0.0.weight"], "an unCLIP model"),
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "seems to be a LoRA"),
         (["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"], "seems to be a LoRA"),
         (["down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"], "seems to be the UNet alone"),
@@ -277,6 +278,13 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="no safetensors file"):
         StableDiffusion(pretrained=str(tmp_path / "m.safetensors")).check()
+
+
+def test_an_inpainting_file_is_named_as_such(tmp_path: Path):
+    first = {"model.diffusion_model.input_blocks.0.0.weight": (4, 9, 3, 3)}
+    file = header_only(tmp_path / "m.safetensors", first | dict.fromkeys([K, VAE, CLIP], (4, 768)))
+    with pytest.raises(UserError, match="takes 9 channels: it seems to be an inpainting model"):
+        StableDiffusion(pretrained=str(file)).check()
 
 
 def test_a_file_that_was_cut_short_is_refused_before_anything_is_loaded(file: Path):

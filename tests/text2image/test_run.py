@@ -92,7 +92,10 @@ def test_metrics_hold_every_step_once_whatever_log_every_is(config, tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept_and_the_manifest_lists_them(config, tmp_path):
     assert train(config, tmp_path / "run") == 0
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == ["checkpoint-4.pt", "checkpoint-6.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == [
+        "checkpoint-4.pt",
+        "checkpoint-6.pt",
+    ]
     manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
     assert [entry["step"] for entry in manifest["checkpoints"]] == [4, 6]
     assert manifest["topology"] == {"world_size": 1, "micro_batch_size": 4, "accumulation": 1, "num_machines": 1}
@@ -183,7 +186,13 @@ def test_a_non_finite_gradient_changes_nothing_and_ends_the_run_after_max_bad_st
 
     sys.path.insert(0, str(tmp_path))
     try:
-        options = ["--set", "plugins=[broken_loss]", "objective.kind=broken", "train.max_bad_steps=3", "train.log_every=1"]
+        options = [
+            "--set",
+            "plugins=[broken_loss]",
+            "objective.kind=broken",
+            "train.max_bad_steps=3",
+            "train.log_every=1",
+        ]
         assert train(config, tmp_path / "run", *options) == 76
     finally:
         sys.path.remove(str(tmp_path))
@@ -211,7 +220,12 @@ def test_sample_grids_are_drawn_at_step_0_and_at_the_end_and_by_the_sample_comma
     from PIL import Image
 
     run = tmp_path / "run"
-    options = ["--set", "validation.prompts=[a red circle, a blue square]", "validation.every_steps=5", "validation.sampler_steps=2"]
+    options = [
+        "--set",
+        "validation.prompts=[a red circle, a blue square]",
+        "validation.every_steps=5",
+        "validation.sampler_steps=2",
+    ]
     assert train(config, run, *options) == 0
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == ["step-000000.png", "step-000005.png", "step-000006.png"]

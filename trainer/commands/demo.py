@@ -16,7 +16,9 @@ QUICK = ["train.max_steps=200", "validation.every_steps=100", "lr.warmup_steps=2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `demo` takes."""
-    parser.add_argument("--quick", action="store_true", help="under 90 seconds: shows that it runs, not how well it learns")
+    parser.add_argument(
+        "--quick", action="store_true", help="under 90 seconds: shows that it runs, not how well it learns"
+    )
     parser.add_argument("--output-dir", metavar="FOLDER", help="the run directory (default: a new runs/demo-NNN)")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="overrides")
 

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="network evaluations per picture (default 20)")
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is off (default 5)")
     parser.add_argument("--current-weights", action="store_true", help="use the weights of the step, not their EMA")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a PNG; several pictures make a grid")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="a PNG; several pictures make a grid"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -118,7 +118,7 @@ class SlotSchedule(torch.utils.data.Sampler[list[int]]):
 
 
 def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> Iterator[Batch]:
-    """The micro batches of `schedule`, in order, read ahead by the source's workers; raises UserError of any of them."""
+    """The micro batches of `schedule`, in order, read ahead by workers; raises the UserError of any of them."""
     workers = samples.source.num_workers
     loader = torch.utils.data.DataLoader(
         samples,

@@ -49,15 +49,21 @@ class Source(Part, home="trainer.data.sources"):
 
     image_size: int = Field(ge=32, le=8192, multiple_of=8, description="Side of the square training crop, pixels.")
     num_workers: int = Field(
-        2, ge=0, le=256, description="Loader processes per rank; 0 loads inside the training process."
+        default=2, ge=0, le=256, description="Loader processes per rank; 0 loads inside the training process."
     )
-    center_crop: bool = Field(False, description="Crop the centre instead of a random place drawn per sample.")
-    random_flip: bool = Field(False, description="Mirror half of the samples left to right, drawn per sample.")
+    center_crop: bool = Field(default=False, description="Crop the centre instead of a random place drawn per sample.")
+    random_flip: bool = Field(default=False, description="Mirror half of the samples left to right, drawn per sample.")
     caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="Fraction of samples trained with an empty caption, for classifier-free guidance."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Fraction of samples trained with an empty caption, for classifier-free guidance.",
     )
     validation_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Fraction of records never trained on, chosen by a hash of each record's key."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of records never trained on, chosen by a hash of each record's key.",
     )
 
     @abstractmethod

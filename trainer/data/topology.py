@@ -24,7 +24,7 @@ class Topology:
 
 
 def deal(global_batch: int, micro_batch: int | None, rank: int, world_size: int) -> Topology:
-    """The topology of one rank; raises ValueError, naming the nearest batches that fit, if the batch does not divide."""
+    """The topology of one rank; raises ValueError, naming the nearest that fit, if the batch does not divide."""
     micro = micro_batch or max(1, global_batch // world_size)
     per_forward = micro * world_size
     if global_batch % per_forward:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class HeldOutLoss(CollectiveHook):
-    """Adds `validation_loss`, the unweighted mean over the held-out records with the averaged weights, to the metrics."""
+    """Adds `validation_loss` to the metrics: the unweighted mean over the held-out records, with the averaged weights."""
 
     every_steps: int
 

@@ -52,7 +52,9 @@ class Progress(MainHook):
         else:
             self._bar.set_postfix_str(" ".join(facts), refresh=False)
         if skipped := sum(line["skipped"] for line in lines):
-            self._say(f"warning: {skipped} of the last {len(lines)} steps had a non-finite gradient and changed nothing")
+            self._say(
+                f"warning: {skipped} of the last {len(lines)} steps had a non-finite gradient and changed nothing"
+            )
 
     def after_step(self, view: RunView, last: bool) -> None:
         self._bar.update(view.step - self._bar.n)

@@ -44,7 +44,9 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
     sidecar = {
         "config_sha256": facts["config"]["resolved_sha256"],
         "data_fingerprint": checked.data_fingerprint,
-        "versions": {name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")},
+        "versions": {
+            name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")
+        },
     }
     validation = config.validation
     if validation is not None and training.held_out is not None:

@@ -17,13 +17,13 @@ class DiffusionObjective(Objective):
     """Discrete-time diffusion (Ho et al. 2020): t in [0, 1) names one of `num_timesteps` noise levels."""
 
     schedule: ScheduleName = Field(
-        "scaled_linear", description="Noise schedule; `scaled_linear` is that of Stable Diffusion."
+        default="scaled_linear", description="Noise schedule; `scaled_linear` is that of Stable Diffusion."
     )
-    beta_start: float = Field(0.00085, gt=0, lt=1, description="First beta; unused by the cosine schedule.")
-    beta_end: float = Field(0.012, gt=0, lt=1, description="Last beta; unused by the cosine schedule.")
-    num_timesteps: int = Field(1000, ge=2, le=100_000, description="Number of noise levels.")
+    beta_start: float = Field(default=0.00085, gt=0, lt=1, description="First beta; unused by the cosine schedule.")
+    beta_end: float = Field(default=0.012, gt=0, lt=1, description="Last beta; unused by the cosine schedule.")
+    num_timesteps: int = Field(default=1000, ge=2, le=100_000, description="Number of noise levels.")
     zero_terminal_snr: bool = Field(
-        False, description="Rescale the schedule so that its last level is pure noise (Lin et al. 2023)."
+        default=False, description="Rescale the schedule so that its last level is pure noise (Lin et al. 2023)."
     )
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:

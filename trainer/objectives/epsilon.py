@@ -19,7 +19,9 @@ class Epsilon(DiffusionObjective):
     @model_validator(mode="after")
     def _needs_signal_everywhere(self) -> Epsilon:
         if self.zero_terminal_snr:
-            raise ValueError("epsilon cannot be learnt where there is no signal; use v_prediction with zero_terminal_snr")
+            raise ValueError(
+                "epsilon cannot be learnt where there is no signal; use v_prediction with zero_terminal_snr"
+            )
         return self
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

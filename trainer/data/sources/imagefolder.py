@@ -30,13 +30,18 @@ class ImageFolder(Source):
 
     data_root: str = Field(min_length=1, description="The folder; a relative path starts at the working directory.")
     caption_column: str = Field(
-        "text", min_length=1, description="Column of the caption: a string or, in JSON, a list of strings to draw from."
+        default="text",
+        min_length=1,
+        description="Column of the caption: a string or, in JSON, a list of strings to draw from.",
     )
     image_column: str = Field(
-        "file_name", min_length=1, description="Column of the picture's file name, relative to data_root."
+        default="file_name", min_length=1, description="Column of the picture's file name, relative to data_root."
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, le=2 * MAX_PIXELS, description="Pictures with more pixels are refused before decoding."
+        default=MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description="Pictures with more pixels are refused before decoding.",
     )
 
     def open(self) -> ImageFolderRecords:

@@ -149,12 +149,17 @@ class Shapes(Source):
 
     kind = "shapes"
 
-    image_size: int = Field(64, ge=32, le=8192, multiple_of=8, description="Side of the drawn picture, pixels.")
-    num_images: int = Field(8192, ge=1, le=10_000_000, description="Records in an epoch.")
+    image_size: int = Field(default=64, ge=32, le=8192, multiple_of=8, description="Side of the drawn picture, pixels.")
+    num_images: int = Field(default=8192, ge=1, le=10_000_000, description="Records in an epoch.")
     held_out_fraction: float = Field(
-        0.1, ge=0, le=0.9, description="Fraction of the 288 combinations never drawn, to test what was understood."
+        default=0.1,
+        ge=0,
+        le=0.9,
+        description="Fraction of the 288 combinations never drawn, to test what was understood.",
     )
-    data_seed: int = Field(0, ge=0, le=2**63 - 1, description="Chooses places, radii and tilts; other than train.seed.")
+    data_seed: int = Field(
+        default=0, ge=0, le=2**63 - 1, description="Chooses places, radii and tilts; other than train.seed."
+    )
 
     def open(self) -> ShapeRecords:
         return ShapeRecords(self.num_images, self.image_size, self.held_out_fraction, self.data_seed)

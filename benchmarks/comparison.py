@@ -1,0 +1,49 @@
+"""What both benchmarks say beside their numbers: intervals, the machine, the versions, the command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import random
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.run.environment import cpu_facts, nvidia_gpus, utc_time
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "difftrain")
+
+
+def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median of `values`, by a generator of its own."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(resamples))
+    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
+
+
+def circumstances(arguments: Sequence[str]) -> dict[str, Any]:
+    """Where, when and how a result came about, for the JSON file."""
+    cpu, (gpus, _) = cpu_facts(), nvidia_gpus()
+    parts = [f"{cpu['usable_cores'] or cpu['logical_cores']} cores of {cpu['model'] or 'an unknown CPU'}"]
+    parts += [f"{cpu['memory_bytes'] / 2**30:.0f} GiB", *(str(gpu["name"]) for gpu in gpus), sys.platform]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "machine": ", ".join(parts),
+        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
+        "date": utc_time(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+    }
+
+
+def conclude(result: dict[str, Any], arguments: Sequence[str], file: Path | None) -> None:
+    """Print the circumstances under the table, and write both to `file` as JSON."""
+    facts = circumstances(arguments)
+    print(f"\nmachine   {facts['machine']}")
+    print(f"versions  {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}")
+    print(f"date      {facts['date']}")
+    print(f"command   {facts['command']}")
+    if file is not None:
+        file.write_text(json.dumps({**facts, **result}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,257 @@
+"""The loop tax: time per step of difftrain over that of a bare PyTorch loop, same maths, same model, data in memory.
+
+Both loops live in one process and take turns in shuffled order; a turn is `--steps` steps. A second bare loop is the
+control: whatever its ratio to the first one is, is noise. See README.md in this folder for how to read the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from comparison import conclude, interval
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from trainer import loop
+from trainer.config import Config
+from trainer.config_file import LoadedConfig
+from trainer.data.loader import Batch
+from trainer.hook import MainHook, RunView
+from trainer.hooks.metrics import Metrics
+from trainer.hooks.progress import Progress
+from trainer.models.base import ModelFamily
+from trainer.preflight import preflight
+from trainer.run.metrics import read as read_metrics
+from trainer.run.rundir import RunDir
+from trainer.runtime import Runtime
+from trainer.stop import StopRequest
+from trainer.training import Training, assemble
+
+LOG_EVERY = 10  # steps between waits for the device, in both loops
+LR, DECAY, MAX_NORM = 1e-4, 0.999, 1.0
+
+
+class BareLoop:
+    """What a competent person writes for one device and one purpose, over batches and latents in memory."""
+
+    def __init__(self, family: ModelFamily, seed: int, batches: list[Batch], latents: list[Tensor], bf16: bool):
+        self.batches, self.latents, self.bf16 = batches, latents, bf16
+        self.device = latents[0].device
+        components = family.load(seed)
+        self.unet = components.unet.to(self.device)  # pyright: ignore
+        self.text_encoder = components.text_encoder.requires_grad_(False).to(self.device)  # pyright: ignore
+        self.parameters = list(self.unet.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.01, fused=True)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        bars = torch.cumprod(1 - betas, dim=0).float().to(self.device)
+        self.alpha, self.sigma = bars.sqrt(), (1 - bars).sqrt()
+        self.loss = 0.0
+
+    def turn(self) -> float:
+        """Train on every batch once; the seconds it took."""
+        started = time.perf_counter()
+        for step, (batch, x0) in enumerate(zip(self.batches, self.latents, strict=True), start=1):
+            tokens, t, eps = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.t, batch.eps))
+            level = (t * 1000).long()
+            x_t = self.alpha[level].view(-1, 1, 1, 1) * x0 + self.sigma[level].view(-1, 1, 1, 1) * eps
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                with torch.no_grad():
+                    cond = self.text_encoder(tokens[:, 0]).last_hidden_state
+                pred = self.unet(x_t, level, encoder_hidden_states=cond, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(pred.float(), eps)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+            self.optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)
+            if step % LOG_EVERY == 0 or step == len(self.batches):
+                self.loss = loss.item()
+                print(f"step {step} loss {self.loss:.4f}", flush=True)
+        _wait_for(self.device)
+        return time.perf_counter() - started
+
+
+class OurLoop:
+    """`trainer.loop.run` itself with the hooks of a real run that act at every logging step, over the same batches."""
+
+    def __init__(self, training: Training, batches: list[Batch], latents: list[Tensor]):
+        self.training, self.stop, self.clock = training, StopRequest(), Clock()
+        stored = {batch.slots[0]: batch for batch in batches}
+        training.samples.batch = lambda slots: stored[slots[0]]  # pyright: ignore[reportAttributeAccessIssue]
+        training.latent_source = StoredLatents(batches, latents)
+        self.hooks = [self.clock.first, Metrics(), Progress(), self.clock.last]
+
+    @property
+    def loss(self) -> float:
+        """That of the last step of the last turn."""
+        return read_metrics(self.training.run_dir.metrics)[-1]["loss"]
+
+    def turn(self) -> float:
+        """Train on every batch once; the seconds from after the hooks' start to before their end."""
+        self.training.state.step = 0
+        loop.run(self.training, self.hooks, self.stop, print)
+        return self.clock.seconds
+
+
+class StoredLatents:
+    """A LatentSource that has every batch's latents already."""
+
+    def __init__(self, batches: list[Batch], latents: list[Tensor]):
+        self.by_slot = {batch.slots[0]: x0 for batch, x0 in zip(batches, latents, strict=True)}
+
+    def latents(self, batch: Batch) -> Tensor:
+        return self.by_slot[batch.slots[0]]
+
+
+class Clock:
+    """Two hooks around the others. Opening a run and closing it belong to no step, so they are not timed."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.first, self.last = Stopper(), Starter()
+        self.first._stop, self.last._start = self._stop, self._start
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+
+class Starter(MainHook):
+    """The last hook to hear that the loop begins."""
+
+    _start: Callable[[], None] = PrivateAttr()
+
+    def on_start(self, view: RunView) -> None:
+        self._start()
+
+
+class Stopper(MainHook):
+    """The first hook to hear that it ended."""
+
+    _stop: Callable[[], None] = PrivateAttr()
+
+    def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:
+        self._stop()
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """A run of the tiny model on drawn shapes, `--steps` long."""
+    return Config.model_validate(
+        {
+            "model": {"kind": "tiny"},
+            "data": {"kind": "shapes", "image_size": args.image_size, "num_workers": 0},
+            "train": {
+                "max_steps": args.steps,
+                "global_batch_size": args.batch,
+                "precision": args.precision,
+                "log_every": LOG_EVERY,
+                "max_grad_norm": MAX_NORM,
+            },
+            "objective": {"kind": "epsilon"},
+            "lr": {"kind": "constant", "peak": LR, "warmup_steps": 0},
+            "ema": {"decay": DECAY, "warmup": False},
+        }
+    )
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> dict[str, OurLoop | BareLoop]:
+    """Three loops over the same batches, all from the same weights."""
+    config = config_of(args)
+    runtime = Runtime(config.train.precision, config.train.deterministic)
+    run_dir = RunDir(folder)
+    training = assemble(preflight(LoadedConfig(config, Path("loop_tax"), "", {}), 0, 1), runtime, run_dir, None)
+    batches = list(training.batches(0, args.steps))
+    latents = [training.vae.latents(batch.to(runtime.device)) for batch in batches]
+    # Pixels have done their part; on a GPU their copy would be ours alone.
+    batches = [replace(batch, pixels=torch.empty(0), posterior_eps=torch.empty(0)) for batch in batches]
+
+    def bare() -> BareLoop:
+        return BareLoop(config.model, config.train.seed, batches, latents, args.precision == "bf16")
+
+    return {"difftrain": OurLoop(training, batches, latents), "bare": bare(), "bare again": bare()}
+
+
+def measure(loops: dict[str, OurLoop | BareLoop], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each loop's turn in every round; the first turns, not timed, check that all do the same maths."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for each in loops.values():
+            each.turn()
+        losses = [each.loss for each in loops.values()]
+        assert max(losses) - min(losses) < 0.01 * min(losses), f"the loops do not compute the same: losses {losses}"
+        order, generator = list(loops), random.Random(0)
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        for _ in range(rounds):
+            generator.shuffle(order)
+            for name in order:
+                seconds[name].append(loops[name].turn())
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]], steps: int) -> dict[str, dict[str, Any]]:
+    """For each loop: milliseconds per step, the median ratio to `bare` over the rounds, and that median's interval."""
+    rows = {}
+    for name, turns in seconds.items():
+        ratios = [mine / bare for mine, bare in zip(turns, seconds["bare"], strict=True)]
+        rows[name] = {
+            "step_milliseconds": 1000 * statistics.median(turns) / steps,
+            "ratio": statistics.median(ratios),
+            "interval_95": interval(ratios),
+            "ratios": ratios,
+        }
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON: 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60, help="times that every loop has a turn (default 60)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default 20)")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth (default 64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every ratio included")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        loops = prepare(args, Path(folder))
+        device = cast(OurLoop, loops["difftrain"]).training.runtime.device
+        rows = compare(measure(loops, args.rounds), args.steps)
+    print(f"{'loop':12}{'ms/step':>9}{'x bare':>9}   95 % interval")
+    for name in ("bare", "bare again", "difftrain"):
+        low, high = rows[name]["interval_95"]
+        between = "" if name == "bare" else f"   {low:.3f} to {high:.3f}"
+        print(f"{name:12}{rows[name]['step_milliseconds']:9.2f}{rows[name]['ratio']:9.3f}{between}")
+    print(
+        f"\nmedians of {args.rounds} rounds of {args.steps} steps; tiny model, batch {args.batch} at {args.image_size} px, "
+        f"{args.precision} on {device.type}, {args.threads} thread{'s' * (args.threads > 1)}"
+    )
+    size = {name: value for name, value in vars(args).items() if name != "json"}
+    conclude({"loop_tax": rows["difftrain"]["ratio"], "device": device.type, **size, "loops": rows}, arguments, args.json)
+    return 0
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
