@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.data.sources.shapes import BACKGROUNDS, COLOURS, Combination, ShapeRecords, draw, place
@@ -32,7 +32,7 @@ EMA_DECAY = 0.995
 CLIP_NORM = 1.0
 START_LOG_VARIANCE = -4.0  # of the posterior, so that its noise does not drown the first signals
 RANDOM_COLOUR = 0.2  # share of pictures whose colour is any RGB: a latent space with no holes between the hues
-SHAPE_WEIGHT = 3.0  # added to a pixel's weight of 1 on the shape and 2 px around: most of a picture is background
+SHAPE_WEIGHT = 1.0  # what a shape and 2 px around it weigh together beside the whole picture's 1, be it small or large
 CHROMA_WEIGHT = 2.0  # on the squared error that is left once the pixel's mean error is taken out: hue is learnt late
 ABSOLUTE_WEIGHT = 0.2  # on the absolute error, for flat areas and sharp edges
 
@@ -43,7 +43,7 @@ def shape_masks(num_images: int, seed: int) -> Tensor:
     for index in range(num_images):
         combination = records.combination(index)
         ink = Combination(combination.size, "yellow", combination.shape, "black")  # whose red is the mask itself
-        assert COLOURS["red"][0] < 255 and COLOURS["yellow"][0] == 255 and BACKGROUNDS["black"] == (0, 0, 0)
+        assert (COLOURS["yellow"][0], BACKGROUNDS["black"][0]) == (255, 0), "a mask needs ink of full red on none"
         red = draw(ink, IMAGE_SIZE, place(combination, seed, index)).getchannel("R")
         masks.append(torch.frombuffer(bytearray(red.tobytes()), dtype=torch.uint8))
     return torch.stack(masks).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
@@ -112,20 +112,20 @@ def start_as_pooling(vae: nn.Module) -> None:
             continue
         if module.bias is not None and not name.endswith("encoder.conv_in"):
             nn.init.zeros_(module.bias)
-    quant = vae.quant_conv
-    assert isinstance(quant, nn.Conv2d) and quant.bias is not None
-    quant.bias[quant.out_channels // 2 :] = START_LOG_VARIANCE
+    bias = vae.get_parameter("quant_conv.bias")
+    bias[len(bias) // 2 :] = START_LOG_VARIANCE
 
 
 def loss_of(vae: nn.Module, pixels: Tensor, masks: Tensor, eps: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """The scalar to minimise, and the mean squared error alone."""
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore
     error = vae.decode(posterior.mean + posterior.std * eps).sample - pixels  # pyright: ignore
-    weight = 1 + SHAPE_WEIGHT * F.max_pool2d(masks, 5, stride=1, padding=2)
+    near = F.max_pool2d(masks, 5, stride=1, padding=2)
+    weight = 1 + SHAPE_WEIGHT * near / near.mean(dim=(1, 2, 3), keepdim=True)
     chroma = error - error.mean(dim=1, keepdim=True)
     cost = error.square() + CHROMA_WEIGHT * chroma.square() + ABSOLUTE_WEIGHT * error.abs()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()  # nats a latent element
-    return (weight * cost).mean() / weight.mean() + kl_weight * kl, error.detach().square().mean()
+    return (weight * cost).mean() / (1 + SHAPE_WEIGHT) + kl_weight * kl, error.detach().square().mean()
 
 
 def train(vae: nn.Module, pool: Tensor, arguments: argparse.Namespace) -> nn.Module:
@@ -164,14 +164,14 @@ def standardize(vae: AutoencoderKL, pixels: Tensor) -> None:
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore
     mean = posterior.mean.mean(dim=(0, 2, 3))
     std = (posterior.mean.var(dim=(0, 2, 3)) + posterior.var.mean(dim=(0, 2, 3))).sqrt()
-    into, out_of = vae.quant_conv, vae.post_quant_conv
-    assert into is not None and into.bias is not None and out_of is not None and out_of.bias is not None
-    out_of.bias += out_of.weight[:, :, 0, 0] @ mean
-    out_of.weight *= std[None, :, None, None]
+    weight, bias = vae.get_parameter("quant_conv.weight"), vae.get_parameter("quant_conv.bias")
     channels = len(std)
-    into.bias[:channels] = (into.bias[:channels] - mean) / std
-    into.weight[:channels] /= std[:, None, None, None]
-    into.bias[channels:] -= 2 * std.log()  # the other half is the logarithm of the variance
+    weight[:channels] /= std[:, None, None, None]
+    bias[:channels] = (bias[:channels] - mean) / std
+    bias[channels:] -= 2 * std.log()  # the other half is the logarithm of the variance
+    weight, bias = vae.get_parameter("post_quant_conv.weight"), vae.get_parameter("post_quant_conv.bias")
+    bias += weight[:, :, 0, 0] @ mean
+    weight *= std[None, :, None, None]
 
 
 def nearest(rgb: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:

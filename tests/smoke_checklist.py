@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def collect_metadata(env: dict[str, Any], manifest: dict[str, Any]) -> dict[str,
         "Repo path": str(REPOSITORY),
         "Git commit": git.get("commit") or "not a git checkout",
         "Working tree clean (Y/N)": "unknown" if dirty is None else "N" if dirty else "Y",
+    }
+
+
+def preconditions() -> dict[str, tuple[str, str]]:
+    """The rows of "Before the run", as this process finds them: that it has come so far proves the first two."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "Install extras": ("PASS", f"imported from {sys.prefix}"),
+        "Confirm repo root": ("PASS", str(REPOSITORY)),
+        "CUDA availability": ("PASS", torch.cuda.get_device_name()) if cuda else ("NA", "False: no CUDA device here"),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import pickle
 import subprocess
 import sys
@@ -544,9 +543,9 @@ class Diary(MainHook):
 
     name: str = "diary.txt"
 
-    def on_metrics(self, view, records):
+    def on_metrics(self, view, lines):
         with open(view.folder / self.name, "a") as file:
-            file.writelines(f"{record['step']}\\n" for record in records)
+            file.writelines(f"{line['step']}\\n" for line in lines)
 '''
 
 PLUGGED = """
@@ -562,16 +561,8 @@ hooks: [{kind: diary, name: seen.txt}]
 
 
 def difftrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from trainer.cli import main; sys.exit(main())"
-    root = str(Path(__file__).resolve().parent.parent)
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_a_module_beside_the_config_adds_an_objective_a_weighting_and_a_hook(

@@ -21,8 +21,8 @@ from trainer.sampler import Sampler
 from trainer.schedule import ScheduleName, alpha_bars
 
 CPU = torch.device("cpu")
-SD = {"beta_start": 0.00085, "beta_end": 0.012}
-THEIRS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+THEIRS: dict[str, Any] = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def bars(name: ScheduleName, zero_terminal_snr: bool = False, num_timesteps: int = 1000) -> Tensor:
@@ -36,7 +36,7 @@ def objective(kind: str, **values: Any) -> Objective:
 @pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
 @pytest.mark.parametrize("num_timesteps", [1000, 100])
 def test_schedules_are_those_of_diffusers(name: ScheduleName, num_timesteps: int):
-    theirs = DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=THEIRS[name], **SD)  # pyright: ignore
+    theirs = DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=THEIRS[name], **SD)
     # Theirs are products of up to 1000 float32 factors, ours of float64 ones: they part by their rounding.
     torch.testing.assert_close(
         bars(name, num_timesteps=num_timesteps), theirs.alphas_cumprod.float(), rtol=3e-5, atol=1e-8
@@ -45,7 +45,7 @@ def test_schedules_are_those_of_diffusers(name: ScheduleName, num_timesteps: int
 
 @pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
 def test_zero_terminal_snr_is_that_of_diffusers_and_ends_without_any_signal(name: ScheduleName):
-    betas = DDPMScheduler(beta_schedule=THEIRS[name], **SD).betas  # pyright: ignore
+    betas = DDPMScheduler(beta_schedule=THEIRS[name], **SD).betas
     theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
     torch.testing.assert_close(bars(name, zero_terminal_snr=True), theirs.float(), rtol=1e-3, atol=1e-6)
     assert bars(name, zero_terminal_snr=True)[-1] == 0
@@ -155,12 +155,8 @@ def wavy(x_t: Tensor, time: Tensor) -> Tensor:
 def test_a_step_of_the_sampler_is_the_ddim_step_of_diffusers(kind: str, steps: int):
     network = Network(wavy)
     draw(network, objective(kind), steps)
-    theirs = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        prediction_type=kind,
-        **SD,  # pyright: ignore[reportArgumentType]
-    )
+    settings = SD | {"beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": kind}
+    theirs = DDIMScheduler(**settings)
     theirs.set_timesteps(steps)
     compared = 0
     for (x, time, pred), (next_x, next_time, _) in zip(network.asked, network.asked[1:], strict=False):
@@ -182,6 +178,7 @@ def test_a_step_of_the_sampler_is_the_euler_step_of_diffusers_for_flow(steps: in
     draw(network, objective("flow"), steps)
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(sigmas=[step / steps for step in range(steps, 0, -1)])
+    assert isinstance(theirs.timesteps, Tensor)
     reached = [x for x, _, _ in network.asked[1:]] + [network.latents]
     for at, (x, time, pred), next_x in zip(theirs.timesteps, network.asked, reached, strict=True):
         torch.testing.assert_close(time, at.expand(1), rtol=1e-6, atol=0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smoke_checklist import REPOSITORY, TEMPLATE, collect_metadata, fill_checklist, table_rows
+from smoke_checklist import REPOSITORY, TEMPLATE, collect_metadata, fill_checklist, preconditions, table_rows
 
 from trainer.run.environment import snapshot
 
@@ -106,6 +106,14 @@ def test_a_checklist_with_two_rows_of_one_name_is_refused(tmp_path):
     template.write_text("| Field | Value |\n| --- | --- |\n| Date | |\n| Date | |\n")
     with pytest.raises(ValueError, match="more than one row: Date"):
         fill_checklist(template, tmp_path / "filled.md", {"Date": "today"}, {})
+
+
+def test_what_holds_before_the_run_is_filled_in_too(tmp_path):
+    fill_checklist(TEMPLATE, tmp_path / "filled.md", metadata(), preconditions())
+    rows = cells(tmp_path / "filled.md")
+    assert rows["Install extras"][2] == "PASS"
+    assert rows["Confirm repo root"][2:] == ["PASS", str(REPOSITORY)]
+    assert rows["CUDA availability"][2] in ("PASS", "NA")
 
 
 def test_several_gpus_and_a_dirty_checkout_are_written_out():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -53,5 +53,5 @@ class OnlineVae:
             pixels = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore
         return pixels.float().clamp(-1, 1)
 
-    def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[None]:
+    def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(like.device.type, enabled=False)

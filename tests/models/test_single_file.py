@@ -281,8 +281,9 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
 
 
 def test_an_inpainting_file_is_named_as_such(tmp_path: Path):
-    first = {"model.diffusion_model.input_blocks.0.0.weight": (4, 9, 3, 3)}
-    file = header_only(tmp_path / "m.safetensors", first | dict.fromkeys([K, VAE, CLIP], (4, 768)))
+    shapes: dict[str, tuple[int, ...]] = {"model.diffusion_model.input_blocks.0.0.weight": (4, 9, 3, 3)}
+    shapes |= dict.fromkeys([K, VAE, CLIP], (4, 768))
+    file = header_only(tmp_path / "m.safetensors", shapes)
     with pytest.raises(UserError, match="takes 9 channels: it seems to be an inpainting model"):
         StableDiffusion(pretrained=str(file)).check()
 

@@ -73,9 +73,23 @@ def check(args: argparse.Namespace, new_run: bool, writes: bool = True) -> tuple
             run_dir.check_writable()
         if writes and new_run:
             refuse_second_run(run_dir)
+        refuse_a_lonely_launch()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         return preflight(loaded, rank, world_size), run_dir
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # the first rank of this node says it, and ends the job
         raise
+
+
+def refuse_a_lonely_launch() -> None:
+    """Raise UserError where `accelerate launch` was asked for several CPU processes and silently started this one.
+
+    It does so for a MULTI_CPU config and for `--cpu --num_processes N`: it names a master, but sets no WORLD_SIZE.
+    """
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes without a GPU, but starts only one that way",
+            "the launch command",
+            "accelerate launch --config_file accelerate_configs/cpu.yaml starts two, or use torchrun",
+        )

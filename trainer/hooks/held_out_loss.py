@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class HeldOutLoss(CollectiveHook):
-    """Adds `validation_loss` to the metrics: the unweighted mean over the held-out records, with the averaged weights."""
+    """Adds `validation_loss` to the metrics: the unweighted mean over held-out records, with averaged weights."""
 
     every_steps: int
 
