@@ -161,8 +161,10 @@ def dry_run(checked: Preflight) -> None:
         parts = memory_by_part(training)
         for name, size in parts.items():
             say(f"  {name:34} {size / 2**30:8.3f} GiB")
-        say(f"  {'known parts together':34} {sum(parts.values()) / 2**30:8.3f} GiB")
-        say(f"  {'peak of rank 0, measured':34} {runtime.peak_memory_bytes() / 2**30:8.3f} GiB")
+        peak = runtime.peak_memory_bytes()
+        rest = "activations and the rest" if runtime.device.type == "cuda" else "activations, libraries, the rest"
+        say(f"  {rest:34} {(peak - sum(parts.values())) / 2**30:8.3f} GiB")
+        say(f"  {'peak of rank 0, measured':34} {peak / 2**30:8.3f} GiB")
         say("nothing was written")
     finally:
         runtime.close()

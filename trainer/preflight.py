@@ -44,8 +44,8 @@ class Preflight:
         return [
             f"data   {len(self.records)} records = {epoch} to train on + {len(self.held_out_indices)} held out "
             f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
-            f"batch  {batch} images = {deal.micro_batch} images x {ranks} x {deal.accumulation} accumulation",
-            f"run    {steps} steps x {batch} images = {images} images = {images / epoch:.4g} epochs",
+            f"batch  {_images(batch)} = {_images(deal.micro_batch)} x {ranks} x {deal.accumulation} accumulation",
+            f"run    {steps} steps x {_images(batch)} = {_images(images)} = {images / epoch:.4g} epochs",
         ]
 
     def manifest_facts(self, command: Sequence[str], provenance: Provenance | None = None) -> dict[str, Any]:
@@ -85,3 +85,7 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
     records = config.data.open()
     training, held_out = split(records, config.data.validation_fraction)
     return Preflight(loaded, records, training, held_out, topology, config.model.provenance(), records.fingerprint())
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
