@@ -93,7 +93,7 @@ class BareLoop:
             torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
             self.optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)
+                torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)  # pyright: ignore
             if step % LOG_EVERY == 0 or step == len(self.batches):
                 self.loss = loss.item()
                 print(f"step {step} loss {self.loss:.4f}", flush=True)
@@ -107,7 +107,7 @@ class OurLoop:
     def __init__(self, training: Training, batches: list[Batch], latents: list[Tensor]):
         self.training, self.stop, self.clock = training, StopRequest(), Clock()
         stored = {batch.slots[0]: batch for batch in batches}
-        training.samples.batch = lambda slots: stored[slots[0]]  # pyright: ignore[reportAttributeAccessIssue]
+        training.samples.batch = lambda slots: stored[slots[0]]
         training.latent_source = StoredLatents(batches, latents)
         self.hooks = [Metrics(), Progress(), self.clock]
 
@@ -247,9 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             between = "" if name == "bare" else f"   {low:.3f} to {high:.3f}"
             print(f"{name:12}{rows[name]['step_milliseconds']:9.2f}{rows[name]['ratio']:9.3f}{between}")
         print()
+    where = f"{args.precision} on {device.type}, {args.threads} thread{'s' * (args.threads > 1)}"
     print(
-        f"medians of {args.rounds} rounds of {args.steps} steps; tiny model, batch {args.batch} at {args.image_size} px, "
-        f"{args.precision} on {device.type}, {args.threads} thread{'s' * (args.threads > 1)}"
+        f"medians of {args.rounds} rounds of {args.steps} steps; tiny model, batch {args.batch}, {args.image_size} px, {where}"
     )
     size = {name: value for name, value in vars(args).items() if name != "json"}
     tax = {clock: rows["difftrain"]["ratio"] for clock, rows in clocks.items()}

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from comparison import conclude
 from pydantic import PrivateAttr
@@ -27,6 +27,7 @@ from trainer.hook import MainHook, RunView
 
 MARKS = "startup_marks.json"
 DIFFTRAIN = (sys.executable, "-m", "trainer")
+PARTS = ("until the config is read", "data, imports, model", "first batch", "first step")
 
 # A complete config: the tiny model on drawn shapes. This file is its plug-in.
 CONFIG = """
@@ -65,12 +66,12 @@ def run(command: Sequence[str]) -> dict[str, float]:
     """Wall and CPU seconds of `command`, and when it began on the monotonic clock; raises if it fails."""
     paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    before, began = os.times(), time.monotonic()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    wall, after = time.monotonic() - began, os.times()
+    wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"wall": wall, "cpu": cpu, "began": began}
 
 
@@ -83,23 +84,23 @@ def train(config: Path, folder: Path) -> dict[str, float]:
     return {
         "wall": marks["step"] - spent["began"],
         "cpu": spent["cpu"],  # of the whole process: one more step and a checkpoint
-        "until the config is read": marks["config"] - spent["began"],
-        "data, imports, model": marks["loop"] - marks["config"],
-        "first batch": batch,
-        "first step": marks["step"] - marks["loop"] - batch,
+        PARTS[0]: marks["config"] - spent["began"],
+        PARTS[1]: marks["loop"] - marks["config"],
+        PARTS[2]: batch,
+        PARTS[3]: marks["step"] - marks["loop"] - batch,
     }
 
 
-def imports(config: Path, folder: Path) -> Counter[str]:
-    """Seconds that the imports of a training process take by top-level package (`-X importtime`: itself not free)."""
+def imports(config: Path, folder: Path) -> dict[str, float]:
+    """Seconds that a training process imports for: `all`, then the heaviest packages (`-X importtime` is not free)."""
     arguments = ["train", "--config", str(config), "--output-dir", str(folder)]
     command = [sys.executable, "-X", "importtime", *DIFFTRAIN[1:], *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
     listing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
-    seconds: Counter[str] = Counter()
-    for microseconds, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, re.MULTILINE):
-        seconds[module.partition(".")[0]] += int(microseconds) / 1e6
-    return seconds
+    microseconds: Counter[str] = Counter()
+    for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, re.MULTILINE):
+        microseconds[module.partition(".")[0]] += int(own)
+    return {"all": microseconds.total() / 1e6} | {name: own / 1e6 for name, own in microseconds.most_common(8)}
 
 
 def measure(runs: int, folder: Path) -> dict[str, dict[str, float]]:
@@ -111,7 +112,7 @@ def measure(runs: int, folder: Path) -> dict[str, dict[str, float]]:
         'python -c "import torch"': lambda number: run([sys.executable, "-c", "import torch"]),
         "difftrain --help": lambda number: run([*DIFFTRAIN, "--help"]),
         "difftrain validate": lambda number: run([*validate, str(folder / f"validate-{number}")]),
-        "difftrain train, first step": lambda number: train(config, folder / f"train-{number}"),
+        "difftrain train": lambda number: train(config, folder / f"train-{number}"),
     }
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     order, generator = list(commands), random.Random(0)
@@ -136,23 +137,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         medians = measure(args.runs, Path(folder))
         packages = imports(Path(folder) / "config.yaml", Path(folder) / "imports")
-    torch_seconds = medians['python -c "import torch"']
-    print(f"{'command':32}{'wall s':>8}{'CPU s':>8}{'x import torch':>16}")
+    whole, start = medians['python -c "import torch"'], medians["difftrain train"]
+    print(f"{'command':28}{'wall s':>8}{'CPU s':>8}   CPU / import torch")
     for name, parts in medians.items():
-        print(f"{name:32}{parts['wall']:8.3f}{parts['cpu']:8.3f}{parts['cpu'] / torch_seconds['cpu']:14.2f}")
-    for part, seconds in medians["difftrain train, first step"].items():
-        if part not in ("wall", "cpu"):
-            print(f"  {part:30}{seconds:8.3f}")
-    print(
-        f"\nmedians of {args.runs} runs; the ratio is of CPU seconds; train: wall until the first step, CPU of the whole run"
-    )
-    print(f"imports of a training process, {packages.total():.2f} s in all:")
-    heaviest: dict[str, Any] = dict(packages.most_common(8))
-    print("  " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in heaviest.items()))
-    ratio = {clock: medians["difftrain --help"][clock] / torch_seconds[clock] for clock in ("wall", "cpu")}
-    conclude(
-        {"runs": args.runs, "help_over_torch": ratio, "seconds": medians, "imports": heaviest}, arguments, args.json
-    )
+        print(f"{name:28}{parts['wall']:8.3f}{parts['cpu']:8.3f}{parts['cpu'] / whole['cpu']:8.2f}")
+    print(f"\n{'difftrain train, in order':28}{'wall s':>8}")
+    for part in PARTS:
+        print(f"{part:28}{start[part]:8.3f}")
+    print(f"\nmedians of {args.runs} runs; train: wall until the first step is done, CPU of the whole run of 2 steps")
+    print("imports of train, s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items()))
+    ratio = {clock: medians["difftrain --help"][clock] / whole[clock] for clock in ("wall", "cpu")}
+    result = {"runs": args.runs, "help_over_torch": ratio, "seconds": medians, "imports": packages}
+    conclude(result, arguments, args.json)
     return 0
 
 

@@ -30,6 +30,7 @@ NUM_FRESH = 500
 WARM_UP_STEPS = 50
 EMA_DECAY = 0.995
 CLIP_NORM = 1.0
+LOG_EVERY = 50  # steps
 START_LOG_VARIANCE = -4.0  # of the posterior, so that its noise does not drown the first signals
 RANDOM_COLOUR = 0.2  # share of pictures whose colour is any RGB: a latent space with no holes between the hues
 SHAPE_WEIGHT = 3.0  # added to a pixel's weight of 1 on the shape and 2 px around: most of a picture is background
@@ -72,11 +73,11 @@ def batch_of(pool: Tensor, batch_size: int, seed: int, step: int) -> tuple[Tenso
 
 
 def build(arguments: argparse.Namespace) -> AutoencoderKL:
-    levels = len(arguments.block_out_channels)
+    widths = tuple(arguments.block_out_channels)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        block_out_channels=tuple(arguments.block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=arguments.latent_channels,
         norm_num_groups=arguments.norm_groups,
@@ -97,13 +98,12 @@ def start_as_pooling(vae: nn.Module) -> None:
     for name, module in vae.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        n = min(module.in_channels, module.out_channels)
-        same = torch.arange(n)
+        same = torch.arange(n := min(module.in_channels, module.out_channels))
         if name.endswith("conv2"):
             nn.init.zeros_(module.weight)
         elif name.endswith(("conv_shortcut", "encoder.conv_in")) or "samplers" in name:
-            middle = module.kernel_size[0] // 2
             module.weight[:n] = 0
+            middle = module.kernel_size[0] // 2
             if "downsamplers" in name:  # padded on the right and below only: its 2x2 pixels are the first two
                 module.weight[same, same, :2, :2] = 0.25
             else:
@@ -116,15 +116,17 @@ def start_as_pooling(vae: nn.Module) -> None:
     bias[len(bias) // 2 :] = START_LOG_VARIANCE
 
 
-def loss_of(vae: nn.Module, pixels: Tensor, masks: Tensor, eps: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+def loss_of(
+    vae: nn.Module, pixels: Tensor, masks: Tensor, generator: torch.Generator, kl_weight: float
+) -> tuple[Tensor, float]:
     """The scalar to minimise, and the mean squared error alone."""
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore
-    error = vae.decode(posterior.mean + posterior.std * eps).sample - pixels  # pyright: ignore
+    error = vae.decode(posterior.sample(generator)).sample - pixels  # pyright: ignore
     weight = 1 + SHAPE_WEIGHT * F.max_pool2d(masks, 5, stride=1, padding=2)
     chroma = error - error.mean(dim=1, keepdim=True)
     cost = error.square() + CHROMA_WEIGHT * chroma.square() + ABSOLUTE_WEIGHT * error.abs()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()  # nats a latent element
-    return (weight * cost).mean() / weight.mean() + kl_weight * kl, error.detach().square().mean()
+    return (weight * cost).mean() / weight.mean() + kl_weight * kl, error.detach().square().mean().item()
 
 
 def train(vae: nn.Module, pool: Tensor, arguments: argparse.Namespace) -> nn.Module:
@@ -138,20 +140,15 @@ def train(vae: nn.Module, pool: Tensor, arguments: argparse.Namespace) -> nn.Mod
             group["lr"] = arguments.lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
         pixels, masks = batch_of(pool, arguments.batch_size, arguments.seed, step)
         generator = torch.Generator().manual_seed(draw_seed(arguments.seed, "demo_vae/posterior", step))
-        side = IMAGE_SIZE >> (len(arguments.block_out_channels) - 1)
-        eps = torch.randn((len(pixels), arguments.latent_channels, side, side), generator=generator)
-        loss, mse = loss_of(vae, pixels, masks, eps, arguments.kl_weight)
+        loss, mse = loss_of(vae, pixels, masks, generator, arguments.kl_weight)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM)
         optimizer.step()
         average.update_parameters(vae)
-        if (step + 1) % arguments.log_every == 0:
-            minutes, cpu = (time.monotonic() - started) / 60, (time.process_time() - spent) / 60
-            psnr = 10 * math.log10(4 / mse.item())
-            print(
-                f"step {step + 1}  loss {loss:.4f}  batch {psnr:.1f} dB  {minutes:.1f} min, {cpu:.1f} CPU", flush=True
-            )
+        if (step + 1) % LOG_EVERY == 0:
+            took = f"{(time.monotonic() - started) / 60:.1f} min, {(time.process_time() - spent) / 60:.1f} of CPU time"
+            print(f"step {step + 1}  loss {loss:.4f}  batch {10 * math.log10(4 / mse):.1f} dB  {took}", flush=True)
         if arguments.measure_every and (step + 1) % arguments.measure_every == 0:
             print(json.dumps(measure(average.module, num_images=96)), flush=True)
     return average.module
@@ -160,9 +157,8 @@ def train(vae: nn.Module, pool: Tensor, arguments: argparse.Namespace) -> nn.Mod
 @torch.no_grad()
 def standardize(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Gives each latent channel mean 0 and variance 1, by a change of units in the two 1x1 convolutions around it."""
-    posterior = vae.encode(pixels).latent_dist  # pyright: ignore
-    mean = posterior.mean.mean(dim=(0, 2, 3))
-    std = (posterior.mean.var(dim=(0, 2, 3)) + posterior.var.mean(dim=(0, 2, 3))).sqrt()
+    posterior, over = vae.encode(pixels).latent_dist, (0, 2, 3)  # pyright: ignore
+    mean, std = posterior.mean.mean(over), (posterior.mean.var(over) + posterior.var.mean(over)).sqrt()
     weight, bias = vae.get_parameter("quant_conv.weight"), vae.get_parameter("quant_conv.bias")
     channels = len(std)
     weight[:channels] /= std[:, None, None, None]
@@ -180,21 +176,21 @@ def nearest(rgb: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:
 
 @torch.no_grad()
 def measure(vae: nn.Module, num_images: int = NUM_FRESH) -> dict[str, float | list[float]]:
-    """Figures over pictures never trained on, of all 288 combinations in turn; latents are drawn, not their means."""
+    """Figures over pictures never trained on; latents are drawn from the posterior, as in training."""
     records = ShapeRecords(num_images, IMAGE_SIZE, seed=FRESH_SEED)
-    drawn = [records.combination(index) for index in range(num_images)]
+    drawn = [records.combination(index) for index in range(num_images)]  # each of the 288 in turn
     masks = shape_masks(num_images, FRESH_SEED) / 255
     colours = torch.tensor([COLOURS[one.colour] for one in drawn]).float()
     backgrounds = torch.tensor([BACKGROUNDS[one.background] for one in drawn]).float()
     pixels = paint(masks * 255, colours, backgrounds)
     posteriors = [vae.encode(part).latent_dist for part in pixels.split(50)]  # pyright: ignore
-    means, stds = torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
-    eps = torch.randn(means.shape, generator=torch.Generator().manual_seed(draw_seed(FRESH_SEED, "demo_vae", 0)))
-    latents = means + stds * eps
+    generator = torch.Generator().manual_seed(draw_seed(FRESH_SEED, "demo_vae/posterior", 0))
+    latents, stds = torch.cat([p.sample(generator) for p in posteriors]), torch.cat([p.std for p in posteriors])
     output = torch.cat([vae.decode(part).sample for part in latents.split(50)]).clamp(-1, 1)  # pyright: ignore
 
     inside = (masks > 0.5).float()
-    core = -F.max_pool2d(-inside, 5, stride=1, padding=2)  # without the 2 px at its border
+    thin, core = (-F.max_pool2d(-inside, side, stride=1, padding=side // 2) for side in (3, 5))
+    core = torch.where(core.sum((1, 2, 3), keepdim=True) > 0, core, thin)  # 2 px off the border; 1 in a small ring
     outside = 1 - F.max_pool2d(inside, 5, stride=1, padding=2)
     palette = [*COLOURS.values(), *BACKGROUNDS.values()]  # a shape lost to its background is wrong too
     colour = nearest((output * core).sum((2, 3)) / core.sum((2, 3)), palette)
@@ -204,7 +200,7 @@ def measure(vae: nn.Module, num_images: int = NUM_FRESH) -> dict[str, float | li
     iou = (found & (inside > 0)).sum((1, 2, 3)) / (found | (inside > 0)).sum((1, 2, 3))
     mse = (output - pixels).square().mean(dim=(1, 2, 3))
     return {
-        "psnr_db": round(10 * math.log10(4 / mse.mean().item()), 2),
+        "psnr_db": round(10 * math.log10(4 / mse.mean().item()), 2),  # of the mean error; 4 is the range's square
         "worst_psnr_db": round(10 * math.log10(4 / mse.max().item()), 2),
         "colour_right": (colour == nearest(colours / 127.5 - 1, palette)).float().mean().item(),
         "background_right": (background == nearest(backgrounds / 127.5 - 1, palette[-3:])).float().mean().item(),
@@ -219,19 +215,18 @@ def measure(vae: nn.Module, num_images: int = NUM_FRESH) -> dict[str, float | li
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="gets config.json and the weights")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3, help="at its peak; falls to 0 along a cosine")
     parser.add_argument("--kl-weight", type=float, default=1e-3, help="of the mean KL, nats a latent element")
-    parser.add_argument("--block-out-channels", type=int, nargs="+", default=[16, 32, 64, 64])
+    parser.add_argument("--block-out-channels", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--latent-channels", type=int, default=8)
-    parser.add_argument("--norm-groups", type=int, default=4)
+    parser.add_argument("--norm-groups", type=int, default=1)
     parser.add_argument("--plain-start", action="store_true", help="PyTorch's own initial weights")
     parser.add_argument("--pool", type=int, default=8192, help="masks drawn once; colours are drawn for each step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--measure-every", type=int, default=0, help="steps; 0 for never before the end")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--threads", type=int, default=1, help="on so small a network, more are slower")
+    parser.add_argument("--measure-every", type=int, default=0, help="steps; 0 for at the end only")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)

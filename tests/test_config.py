@@ -361,6 +361,11 @@ def test_a_wrong_override_is_named_as_it_was_typed(override: str, complaint: str
     assert override in message
 
 
+def test_a_whole_section_given_on_the_command_line_is_blamed_on_it(write_config: Write):
+    override = "lr={kind: constant, peak: -1}"
+    assert f"--set {override} lr.peak: input should be greater than 0" in refusal(write_config(COMPLETE), override)
+
+
 def test_a_change_of_kind_drops_the_keys_of_the_old_kind_with_one_line(write_config: Write):
     path = write_config(changed(("num_workers: 0", "num_workers: 0, max_pixels: 100")))
     lines: list[str] = []

@@ -288,6 +288,15 @@ def test_stratified_draws_follow_the_same_law_as_independent_ones(part: type[Tim
     assert abs(means[0] - means[1]) < 0.01
 
 
+@pytest.mark.parametrize("mean", [-800.0, -50.0, 50.0, 800.0])
+def test_times_of_an_extreme_law_still_lie_in_the_half_open_unit_interval(mean: float):
+    times = TimestepLaw.parse({"kind": "logit_normal", "mean": mean}).draw(0, range(64), 8)
+    times = torch.tensor(times, dtype=torch.float32)
+    assert (times >= 0).all()
+    assert (times < 1).all()
+    assert ((times > 0.5) == (mean > 0)).all()
+
+
 @pytest.mark.parametrize("global_batch", [1, 4, 7, 32])
 def test_stratified_uniform_times_hit_every_stratum_of_the_global_batch_once(global_batch: int):
     law = TimestepLaw.parse({"kind": "uniform"})

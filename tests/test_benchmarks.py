@@ -1,0 +1,51 @@
+"""The benchmarks still run and say what they claim to; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark(name: str, file: Path, *arguments: str) -> dict[str, Any]:
+    """What the benchmark wrote as JSON."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--json", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["machine"] in done.stdout
+    assert result["versions"]["torch"] in done.stdout
+    assert result["command"].startswith(f"python benchmarks/{name} ")
+    return result
+
+
+@pytest.mark.text2image
+def test_loop_tax_compares_three_loops_that_compute_the_same(tmp_path):
+    result = benchmark("loop_tax.py", tmp_path / "tax.json", "--rounds", "2", "--steps", "2", "--batch", "2")
+    assert set(result["clocks"]) == {"wall", "cpu"}
+    for clock, loops in result["clocks"].items():
+        assert set(loops) == {"difftrain", "bare", "bare again"}
+        assert loops["bare"]["ratios"] == [1.0, 1.0]
+        assert all(len(loop["ratios"]) == 2 and loop["step_milliseconds"] > 0 for loop in loops.values())
+        assert result["loop_tax"][clock] == loops["difftrain"]["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_startup_times_every_command_and_the_way_to_the_first_step(tmp_path):
+    result = benchmark("startup.py", tmp_path / "startup.json", "--runs", "1")
+    seconds = result["seconds"]
+    assert set(seconds) == {'python -c "import torch"', "difftrain --help", "difftrain validate", "difftrain train"}
+    train = dict(seconds["difftrain train"])
+    wall, _ = train.pop("wall"), train.pop("cpu")
+    assert sum(train.values()) == pytest.approx(wall)
+    assert min(train.values()) > 0
+    assert result["imports"]["all"] > result["imports"]["torch"] > 0
