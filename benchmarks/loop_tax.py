@@ -247,10 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             between = "" if name == "bare" else f"   {low:.3f} to {high:.3f}"
             print(f"{name:12}{rows[name]['step_milliseconds']:9.2f}{rows[name]['ratio']:9.3f}{between}")
         print()
-    where = f"{args.precision} on {device.type}, {args.threads} thread{'s' * (args.threads > 1)}"
-    print(
-        f"medians of {args.rounds} rounds of {args.steps} steps; tiny model, batch {args.batch}, {args.image_size} px, {where}"
-    )
+    turns_of = f"medians of {args.rounds} rounds of {args.steps} steps"
+    step_of = f"tiny model, batch {args.batch}, {args.image_size} px, {args.precision} on {device.type}"
+    print(f"{turns_of}; {step_of}, {args.threads} thread{'s' * (args.threads > 1)}")
     size = {name: value for name, value in vars(args).items() if name != "json"}
     tax = {clock: rows["difftrain"]["ratio"] for clock, rows in clocks.items()}
     conclude({"loop_tax": tax, "device": device.type, **size, "clocks": clocks}, arguments, args.json)

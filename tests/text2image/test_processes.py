@@ -109,7 +109,17 @@ def test_an_uninstalled_checkout_trains_through_accelerate_launch(config, tmp_pa
     shutil.copytree(ROOT / "trainer", tmp_path / "checkout" / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
     marker = tmp_path / "checkout" / "trainer" / "rng.py"
     marker.write_text(marker.read_text() + '\nprint("the copy was imported")\n')
-    command = [*LAUNCHER, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [
+        *LAUNCHER,
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     done = run([*command, "checkout/trainer/train.py", "--config", str(config), "--output-dir", "run"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the copy was imported" in done.stdout
