@@ -81,7 +81,7 @@ install_tested_set() {
     fi
     say "installing the tested set into $environment: a few minutes, and 2 GB or more the first time"
     if [ "$(uname -s)" = Linux ] && [ ! -e /dev/nvidiactl ] && [ -z "${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]; then
-        say "(no NVIDIA GPU here: with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu torch comes without CUDA)"
+        say "(no NVIDIA GPU here: a CPU build of the pinned torch, installed beforehand, saves several gigabytes)"
     fi
     (cd "$repository" && python -m pip install --disable-pip-version-check --no-input \
         -e ".[text2image,dev]" -c constraints.txt) >&2 || refuse \

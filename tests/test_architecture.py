@@ -42,8 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-# Libraries that only some rooms may import. torchvision: none, for a broken one that is installed breaks the others.
-ROOMS = {"accelerate": {"runtime"}, "diffusers": {"models"}, "transformers": {"models"}, "torchvision": set()}
+# Libraries that only some of them may import. torchvision: none, for a broken one that is installed breaks the others.
+USERS = {"accelerate": {"runtime"}, "diffusers": {"models"}, "transformers": {"models"}, "torchvision": set()}
 
 # What a light start must do without: all that the base install does not bring, and what that would bring along.
 HEAVY = (
@@ -97,11 +97,13 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+THERE = {room(name) for name in SOURCES if name != "trainer"}
+
+
 def test_every_module_has_a_floor():
-    rooms = {room(name) for name in SOURCES if name != "trainer"}
-    homeless = sorted(rooms - FLOOR.keys())
+    homeless = sorted(THERE - FLOOR.keys())
     assert not homeless, f"give {', '.join(homeless)} a floor: add it to FLOORS in {Path(__file__).name}"
-    gone = sorted(FLOOR.keys() - rooms)
+    gone = sorted(FLOOR.keys() - THERE)
     assert not gone, f"take {', '.join(gone)} out of FLOORS in {Path(__file__).name}: there is no such module"
 
 
@@ -131,13 +133,13 @@ def test_no_imports_go_in_a_circle():
         pytest.fail(f"imports go in a circle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("library", ROOMS)
+@pytest.mark.parametrize("library", USERS)
 def test_a_library_is_imported_only_where_it_may_be(library: str):
     users = {
         name
         for name, imported in IMPORTS.items()
         if any(each.split(".")[0] == library for each in imported)
-        and (name == "trainer" or room(name) not in ROOMS[library])
+        and (name == "trainer" or room(name) not in USERS[library])
     }
     assert not users, f"{library} is imported by {', '.join(sorted(users))}"
 
@@ -153,7 +155,7 @@ def test_no_top_level_name_hides_a_library():
     libraries = {name.lower() for name in sys.stdlib_module_names}
     libraries |= {name.lower() for name in importlib.metadata.packages_distributions()} - {"trainer"}
     assert {"logging", "yaml", "pydantic"} <= libraries
-    hidden = {name for name in FLOOR.keys() - {"__main__"} if name.lower() in libraries}
+    hidden = {name for name in THERE - {"__main__"} if name.lower() in libraries}
     assert not hidden
 
 
