@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run",),  # the run directory, without torch
     ("checkpoint", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run, in memory
     ("hooks",),  # what happens around its steps
-    ("draw", "launch"),  # whole jobs
+    ("draw", "dry_run", "launch"),  # whole jobs
     ("__main__", "cli", "commands", "train"),  # the command line
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

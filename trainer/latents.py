@@ -50,7 +50,7 @@ class OnlineVae:
         """Pixels [B, 3, H, W] float32 in [-1, 1] from latents [B, C, h, w]."""
         with self._own_precision(x0):
             latents = (x0 / self.scale + self.shift).to(self.vae.dtype)
-            pixels = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore
+            pixels = self.vae.decode(latents, return_dict=False)[0]
         return pixels.float().clamp(-1, 1)
 
     def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:

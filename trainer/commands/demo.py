@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="under 90 seconds: shows that it runs, not how well it learns"
     )
     parser.add_argument("--output-dir", metavar="FOLDER", help="the run directory (default: a new runs/demo-NNN)")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="overrides", help="as `train --set`"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

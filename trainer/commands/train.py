@@ -54,11 +54,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train to the end: 0. Raises the RunEnd of every other ending."""
     checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
-    from trainer.launch import dry_run, launch
-
     if args.dry_run:
+        from trainer.dry_run import dry_run
+
         dry_run(checked)
     else:
+        from trainer.launch import launch
+
         launch(checked, run_dir, args.resume, args.allow_change)
     return 0
 
