@@ -145,12 +145,16 @@ def _part(section: str, values: dict[str, Any]) -> type[Part] | None:
 def _describe(error: ValidationError, values: dict[str, Any], places: dict[Loc, str], path: str) -> str:
     """One line per fault: place, dotted key, what is wrong, what was probably meant."""
     faults = [
-        f"{_place(places, fault['loc'], path)} {'.'.join(map(str, fault['loc']))}: {_explain(fault, values)}"
+        f"{_place(places, _stands(fault), path)} {'.'.join(map(str, fault['loc']))}: {_explain(fault, values)}"
         for fault in error.errors()
     ]
     if len(faults) == 1:
         return f"config: {faults[0]}"
     return "\n  ".join([f"config: {len(faults)} faults", *faults])
+
+
+def _stands(fault: Any) -> Loc:
+    return (*fault["loc"], "kind") if fault["type"] == "unknown_kind" else fault["loc"]
 
 
 def _place(places: dict[Loc, str], loc: Loc, path: str) -> str:
@@ -164,10 +168,11 @@ def _explain(fault: Any, values: dict[str, Any]) -> str:
     seen = fault["input"]
     match fault["type"]:
         case "extra_forbidden":
-            return f"unknown key{_nearest(str(key), _keys(parents, values))}"
+            return f"unknown key{_nearest(str(key), _keys(parents, values), values)}"
         case "unknown_kind":
             kinds = fault["ctx"]["kinds"]
-            return f"{fault['msg']}{_nearest(str(seen.get('kind')), kinds)}; there are {', '.join(kinds)}"
+            near = difflib.get_close_matches(str(seen.get("kind")), kinds, 1)
+            return f"{fault['msg']}; {f'did you mean `{near[0]}`? ' if near else ''}there are {', '.join(kinds)}"
         case "missing":
             return "required, but missing"
         case _:
@@ -176,10 +181,10 @@ def _explain(fault: Any, values: dict[str, Any]) -> str:
             return message if isinstance(seen, dict) else f"{message}, not {seen!r}"
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def _nearest(key: str, known: Sequence[str], values: dict[str, Any]) -> str:
     if match := difflib.get_close_matches(key, known, 1):
         return f"; did you mean `{match[0]}`?"
-    owners = [name for name in Config.model_fields if key in _keys([name], {})]
+    owners = [name for name in Config.model_fields if key in _keys([name], values)]
     return f"; `{key}` belongs to section `{owners[0]}`" if owners else f"; known are {', '.join(known)}"
 
 

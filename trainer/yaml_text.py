@@ -1,13 +1,14 @@
 """YAML text as plain values, each with the line it stands on.
 
 YAML 1.2 scalars: `1e-4` is a float and only true/false are booleans (PyYAML's YAML 1.1 reads the first as a string and
-`no` as False). Duplicate keys are refused, and so is text that is, or by aliases grows, larger than a config can be.
+`no` as False). A number remembers how it was written, so that a commit like `1e5` or a name like `007` can be had where
+the schema wants text. Duplicate keys are refused, and so is text that is, or by aliases grows, larger than a config can be.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -18,6 +19,28 @@ Path = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 40
+
+
+class Written:
+    """A number whose str() is what was written."""
+
+    text: str
+
+    def written_as(self, text: str) -> Self:
+        """This number, with its text."""
+        self.text = text
+        return self
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class WrittenInt(Written, int):
+    """An integer of a YAML text."""
+
+
+class WrittenFloat(Written, float):
+    """A float of a YAML text."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,7 +68,9 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[Path, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(f"not valid YAML: {error.problem}", f"{name}:{mark.line + 1}" if mark else name) from None
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError:
+        raise UserError("nested deeper than a config can be", name) from None
+    except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {error}", name) from None
 
 
@@ -84,7 +109,8 @@ def _scalar(node: yaml.Node, where: str) -> Any:
         case "bool":
             return text.lower() == "true"
         case "int":
-            return int(text.replace("_", ""), 0 if "x" in text else 10)
+            return WrittenInt(text.replace("_", ""), 0 if "x" in text else 10).written_as(text)
         case "float":
-            return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+            bare = text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")
+            return WrittenFloat(bare).written_as(text)
     raise UserError(f"tag {node.tag} is not allowed in a config", where)
