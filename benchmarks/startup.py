@@ -62,12 +62,16 @@ class StartupMarks(MainHook):
 IMPORTED = time.monotonic()  # as a plug-in: right before the config is validated
 
 
+def environment() -> dict[str, str]:
+    """This process's, with this folder where Python looks for plug-ins."""
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run(command: Sequence[str]) -> dict[str, float]:
     """Wall and CPU seconds of `command`, and when it began on the monotonic clock; raises if it fails."""
-    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -95,8 +99,7 @@ def imports(config: Path, folder: Path) -> dict[str, float]:
     """Seconds that a training process imports for: `all`, then the heaviest packages (`-X importtime` is not free)."""
     arguments = ["train", "--config", str(config), "--output-dir", str(folder)]
     command = [sys.executable, "-X", "importtime", *DIFFTRAIN[1:], *arguments]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
-    listing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    listing = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stderr
     microseconds: Counter[str] = Counter()
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, re.MULTILINE):
         microseconds[module.partition(".")[0]] += int(own)

@@ -25,7 +25,7 @@ class TrainSection(Section):
     """The run as a whole."""
 
     output_dir: str | None = Field(
-        default=None, description="The run directory; null means runs/<name of the config file>."
+        default=None, description="The run directory; null means `runs/<name of the config file>`."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Decides, with a sample's slot, everything random.")
     max_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
@@ -54,7 +54,7 @@ class TrainSection(Section):
 
 
 class ValidationSection(Section):
-    """Sample grids from fixed prompts and seeds, and the loss on held-out records; absent = off."""
+    """Sample grids from fixed prompts and seeds, and the loss on held-out records."""
 
     prompts: tuple[str, ...] = Field(default=(), description="Prompts of the sample grid; none means no grid.")
     every_steps: int = Field(ge=1, description="Optimizer steps between validations; step 0 and the end are included.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _import_plugins(names: Any, where: str) -> None:
     for name in names:
         try:
             importlib.import_module(str(name))
-        except ImportError as error:
+        except (ImportError, SyntaxError, TypeError, ValueError) as error:
             raise UserError(
                 f"plugin {name!r} cannot be imported: {error}", where, "run from its folder or install it"
             ) from None
@@ -176,7 +177,8 @@ def _explain(fault: Any, values: dict[str, Any]) -> str:
         case "missing":
             return "required, but missing"
         case _:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+            message = re.sub(r"valid dictionary or instance of \w+", "section with keys of its own", message)
             message = message[0].lower() + message[1:]
             return message if isinstance(seen, dict) else f"{message}, not {seen!r}"
 

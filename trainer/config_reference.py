@@ -83,4 +83,8 @@ def _bounds(schema: dict[str, Any]) -> str:
         "exclusiveMaximum": "<",
         "multipleOf": "multiple of",
     }
-    return "".join(f", {word} {bounded[key]:g}" for key, word in words.items() if key in bounded)
+    return "".join(f", {word} {_number(bounded[key])}" for key, word in words.items() if key in bounded)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

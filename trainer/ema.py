@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EmaSpec(Section):
-    """Section `ema`; absent = off."""
+    """A moving average of the trainable weights, used for samples and kept in checkpoints."""
 
     decay: float = Field(default=0.9999, ge=0, lt=1, description="Largest decay per optimizer step.")
     warmup: bool = Field(

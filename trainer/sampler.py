@@ -49,7 +49,7 @@ class Sampler:
             # Song et al. 2021, eq. 12 with eta = 0: keep the predicted noise, move to the next noise level.
             alpha, sigma = per_image(*self.objective.alpha_sigma(t))
             eps = (x - alpha * x0) / sigma
-            alpha, sigma = per_image(*self.objective.alpha_sigma(t - 1 / self.steps))
+            alpha, sigma = per_image(*self.objective.alpha_sigma(torch.full_like(t, (step - 1) / self.steps)))
             x = alpha * x0 + sigma * eps
         return [_to_image(pixels) for pixels in self.vae.decode(x)]
 

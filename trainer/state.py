@@ -23,14 +23,17 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     step: int = 0  # optimizer steps done
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trainable tensors by dotted name, in a fixed order."""
-        return {
+    def __post_init__(self) -> None:
+        self._weights: dict[str, Tensor] = {
             f"{prefix}.{name}": parameter
             for prefix, module in self.modules.items()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trainable tensors by dotted name, in a fixed order."""
+        return self._weights
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, floats and tensors, so that torch.load(weights_only=True) reads it back."""
@@ -47,6 +50,10 @@ class TrainState:
         for name, module in self.modules.items():
             module.load_state_dict(saved["modules"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for entry in self.optimizer.state.values():
+            for name, value in entry.items():
+                if torch.is_tensor(value) and value.device.type == "cpu":
+                    entry[name] = value.clone()  # else it would live in the mapped checkpoint file
         if self.ema is not None:
             for name, average in self.ema.average.items():
                 average.copy_(saved["ema"][name])

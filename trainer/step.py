@@ -55,7 +55,8 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
             # Divided once, by the global count: how the batch is cut into ranks and micro batches cannot matter.
             loss = (weight * objective.loss(pred, target)).sum() / topology.global_batch
             runtime.backward(loss * topology.world_size)  # DDP averages over the ranks; the gradient is their sum
-        sums += torch.stack([loss.detach(), loss.new_tensor(batch.captions_cut)])
+        sums[0] += loss.detach()
+        sums[1] += batch.captions_cut
 
     # 2. Clip, and find out whether the gradient is finite: its norm is, if and only if all of it is.
     runtime.unscale(optimizer)

@@ -2,7 +2,7 @@
 
 YAML 1.2 scalars: `1e-4` is a float and only true/false are booleans (PyYAML's YAML 1.1 reads the first as a string and
 `no` as False). A number remembers how it was written, so that a commit like `1e5` or a name like `007` can be had where
-the schema wants text. Duplicate keys are refused, and so is text that is, or by aliases grows, larger than a config can be.
+the schema wants text. Duplicate keys are refused, and so is text that is, or by aliases grows, larger than a config.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class WrittenFloat(Written, float):
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; refuses the one too many before the rest is read, which would take seconds."""
+        self.composed += 1
+        if self.composed > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, "larger than a config can be", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 for _tag, _pattern, _first in (
