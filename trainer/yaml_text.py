@@ -11,6 +11,7 @@ import re
 from typing import Any, Self
 
 import yaml
+from yaml.composer import ComposerError
 
 from trainer.errors import UserError
 
@@ -51,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         """The next node; refuses the one too many before the rest is read, which would take seconds."""
         self.composed += 1
         if self.composed > MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, "larger than a config can be", self.peek_event().start_mark)
+            raise ComposerError(None, None, "larger than a config can be", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
