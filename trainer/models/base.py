@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -82,3 +85,18 @@ class ModelFamily(Part, home="trainer.models"):
     @abstractmethod
     def latent_shape(self, vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
         """The shape [C, h, w] of one picture's latents."""
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file in hex, read once as long as its size and time stay the same."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

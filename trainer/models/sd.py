@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from pydantic import Field
 
 from trainer.errors import UserError
-from trainer.models.base import Components, Provenance
+from trainer.models.base import Components, Provenance, sha256
 from trainer.models.folder import CONVERT, STEMS, chosen_variants, load_diffusers_folder, weight_files
 from trainer.models.hub import fetch_folder
 from trainer.models.single_file import check_single_file, load_single_file
@@ -94,18 +92,3 @@ class StableDiffusion(UNetClip):
     def _refuse(self, key: str, why: str) -> None:
         if getattr(self, key) is not None:
             raise UserError(f"{key} means nothing for {self.pretrained}: {why}", f"model.{key}", "leave it out")
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file in hex, read once as long as its size and time stay the same."""
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from trainer.models.base import Components, Provenance
+from pydantic import Field
+
+from trainer.models.base import Components, Provenance, sha256
 from trainer.models.clip_bpe import clip_tokenizer, merges_for
 from trainer.models.unet_clip import UNetClip
 from trainer.rng import draw_seed
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
     from transformers import CLIPTextModel, CLIPTokenizer
+
+BUILTIN_VAE = Path(__file__).parent / "builtin_vae"
 
 Network = TypeVar("Network", bound="nn.Module")
 
@@ -52,18 +57,31 @@ class Tiny(UNetClip):
 
     kind = "tiny"
 
+    vae: Literal["random", "builtin"] = Field(
+        default="random",
+        description="The VAE: random weights made on the spot, whose pictures are noise; or the one that comes with "
+        "the package, trained on the `shapes` source at 64 pixels.",
+    )
+    unet_width: int = Field(
+        default=32, ge=32, le=256, multiple_of=32, description="Channels of the UNet at full latent resolution."
+    )
+
     def check(self) -> None:
         pass
 
     def provenance(self) -> Provenance:
-        return Provenance(source="tiny")
+        if self.vae == "random":
+            return Provenance(source="tiny")
+        weights = BUILTIN_VAE / "diffusion_pytorch_model.safetensors"
+        return Provenance(source="tiny with the built-in VAE", files={f"vae/{weights.name}": sha256(weights)})
 
     def load(self, seed: int) -> Components:
         tokenizer = clip_tokenizer(merges_for(WORDS))
+        vae = builtin_vae() if self.vae == "builtin" else _seeded(seed, "vae", tiny_vae)
         return self.fitting(
             Components(
-                unet=_seeded(seed, "unet", tiny_unet),
-                vae=_seeded(seed, "vae", tiny_vae),
+                unet=_seeded(seed, "unet", lambda: tiny_unet(self.unet_width, vae.config["latent_channels"])),
+                vae=vae,
                 text_encoder=_seeded(seed, "text_encoder", lambda: tiny_text_encoder(tokenizer)),
                 tokenizer=tokenizer,
                 scheduler=dict(SCHEDULER),
@@ -72,21 +90,21 @@ class Tiny(UNetClip):
         )
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """0.46 M parameters over two resolutions: latents of any size from 4x4 up, text of width 64."""
+def tiny_unet(width: int = 32, latent_channels: int = 4) -> UNet2DConditionModel:
+    """0.46 M parameters (width 32) over two resolutions: latents of any size from 4x4 up, text of width 64."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 40),
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=(width, width * 5 // 4),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
         # The number of heads, by an old misnomer of diffusers: each is 8 wide.
-        attention_head_dim=(4, 5),  # pyright: ignore[reportArgumentType]
+        attention_head_dim=(width // 8, width * 5 // 32),  # pyright: ignore[reportArgumentType]
         cross_attention_dim=64,
     )
 
@@ -110,6 +128,14 @@ def tiny_vae() -> AutoencoderKL:
     with torch.no_grad():
         vae.quant_conv.bias[4:] -= 8  # log variance  # pyright: ignore
     return vae
+
+
+def builtin_vae() -> AutoencoderKL:
+    """The VAE that comes with the package, fp32: 64 px shapes to [8, 8, 8] latents and back (docs/demo_vae.md)."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(BUILTIN_VAE, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
