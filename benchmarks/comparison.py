@@ -1,12 +1,10 @@
-"""What both benchmarks say beside their numbers: intervals, the machine, the versions, the command."""
+"""What both benchmarks say beside their numbers: the machine, the versions, the command."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import random
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +13,6 @@ from typing import Any
 from trainer.run.environment import cpu_facts, nvidia_gpus, utc_time
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "difftrain")
-
-
-def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median of `values`, by a generator of its own."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(resamples))
-    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
 
 
 def circumstances(arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The loop tax: time per step of difftrain over that of a bare PyTorch loop, same maths, same model, data in memory.
 
 Both loops live in one process and take turns in shuffled order; a turn is `--steps` steps. A second bare loop is the
-control: whatever its ratio to the first one is, is noise. See README.md in this folder for how to read the result.
+control: whatever its ratio to the first one is, is noise. Where a model's weights happen to lie in memory makes a loop
+faster or slower for good, by about 1 %, so all loops are built anew `--sets` times. README.md says how to read the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import statistics
@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from comparison import conclude, interval
+from comparison import conclude
 from pydantic import PrivateAttr
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from trainer.runtime import Runtime
 from trainer.stop import StopRequest
 from trainer.training import Training, assemble
 
+NAMES = ("bare", "bare again", "difftrain")
 LOG_EVERY = 10  # steps between waits for the device, in both loops
 LR, DECAY, MAX_NORM = 1e-4, 0.999, 1.0
 
@@ -174,50 +176,60 @@ def config_of(args: argparse.Namespace) -> Config:
     )
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> dict[str, OurLoop | BareLoop]:
-    """Three loops over the same batches, all from the same weights."""
+def prepare(args: argparse.Namespace, folder: Path, order: Sequence[str]) -> dict[str, OurLoop | BareLoop]:
+    """The loops of NAMES, built in this order, over the same batches and from the same weights."""
     config = config_of(args)
     runtime = Runtime(config.train.precision, config.train.deterministic)
-    run_dir = RunDir(folder)
-    training = assemble(preflight(LoadedConfig(config, Path("loop_tax"), "", {}), 0, 1), runtime, run_dir, None)
+    run_dir, checked = RunDir(folder), preflight(LoadedConfig(config, Path("loop_tax"), "", {}), 0, 1)
+    training = assemble(checked, runtime, run_dir, None)
     batches = list(training.batches(0, args.steps))
     latents = [training.vae.latents(batch.to(runtime.device)) for batch in batches]
     # Pixels have done their part; on a GPU their copy would be ours alone.
     batches = [replace(batch, pixels=torch.empty(0), posterior_eps=torch.empty(0)) for batch in batches]
 
-    def bare() -> BareLoop:
+    def build(name: str) -> OurLoop | BareLoop:
+        if name == "difftrain":
+            return OurLoop(assemble(checked, runtime, run_dir, None), batches, latents)
         return BareLoop(config.model, config.train.seed, batches, latents, args.precision == "bf16")
 
-    return {"difftrain": OurLoop(training, batches, latents), "bare": bare(), "bare again": bare()}
+    return {name: build(name) for name in order}
 
 
-def measure(loops: dict[str, OurLoop | BareLoop], rounds: int) -> dict[str, list[Spent]]:
-    """What each loop's turn took in every round; the first turns, not timed, check that all do the same maths."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for each in loops.values():
-            each.turn()
-        losses = [each.loss for each in loops.values()]
-        assert max(losses) - min(losses) < 1e-3 * min(losses), f"the loops do not compute the same: losses {losses}"
-        order, generator = list(loops), random.Random(0)
-        turns: dict[str, list[Spent]] = {name: [] for name in loops}
-        for _ in range(rounds):
-            generator.shuffle(order)
-            for name in order:
-                turns[name].append(loops[name].turn())
-    return turns
+def measure(args: argparse.Namespace) -> list[dict[str, list[Spent]]]:
+    """For each set what each loop's turns took; turns that are not timed check that all loops do the same maths."""
+    generator = random.Random(0)
+    sets: list[dict[str, list[Spent]]] = []
+    for _ in range(args.sets):
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            loops = prepare(args, Path(folder), generator.sample(NAMES, len(NAMES)))
+            for each in loops.values():
+                each.turn()
+            losses = [each.loss for each in loops.values()]
+            assert max(losses) - min(losses) < 1e-3 * min(losses), f"the loops do not compute the same: losses {losses}"
+            turns: dict[str, list[Spent]] = {name: [] for name in NAMES}
+            for _ in range(args.rounds):
+                for name in generator.sample(NAMES, len(NAMES)):
+                    turns[name].append(loops[name].turn())
+            sets.append(turns)
+    return sets
 
 
-def compare(turns: dict[str, list[Spent]], steps: int, clock: str) -> dict[str, dict[str, Any]]:
-    """For each loop by one of the clocks: time per step, the median ratio to `bare` over the rounds, its interval."""
-    seconds = {name: [getattr(spent, clock) for spent in spents] for name, spents in turns.items()}
+def compare(sets: list[dict[str, list[Spent]]], steps: int, clock: str) -> dict[str, dict[str, Any]]:
+    """For each loop by one of the clocks: milliseconds per step and ratio to `bare`, with each set's own ratio.
+
+    A set's ratio is the median over its rounds, the ratio the median over the sets.
+    """
     rows = {}
-    for name, values in seconds.items():
-        ratios = [mine / bare for mine, bare in zip(values, seconds["bare"], strict=True)]
+    for name in NAMES:
+        seconds = [
+            [(getattr(mine, clock), getattr(bare, clock)) for mine, bare in zip(s[name], s["bare"], strict=True)]
+            for s in sets
+        ]
+        ratios = [statistics.median(mine / bare for mine, bare in rounds) for rounds in seconds]
         rows[name] = {
-            "step_milliseconds": 1000 * statistics.median(values) / steps,
+            "step_milliseconds": 1000 * statistics.median(mine for rounds in seconds for mine, _ in rounds) / steps,
             "ratio": statistics.median(ratios),
-            "interval_95": interval(ratios),
-            "ratios": ratios,
+            "ratios_of_sets": ratios,
         }
     return rows
 
@@ -225,7 +237,8 @@ def compare(turns: dict[str, list[Spent]], steps: int, clock: str) -> dict[str, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="times that every loop has a turn (default 60)")
+    parser.add_argument("--sets", type=int, default=8, help="times that the loops are built anew (default 8)")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each loop in a set (default 8)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default 20)")
     parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth (default 64)")
@@ -235,19 +248,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        loops = prepare(args, Path(folder))
-        device = cast(OurLoop, loops["difftrain"]).training.runtime.device
-        turns = measure(loops, args.rounds)
-    clocks = {clock: compare(turns, args.steps, clock) for clock in ("wall", "cpu")}
+    sets, device = measure(args), torch.accelerator.current_accelerator() or torch.device("cpu")
+    clocks = {clock: compare(sets, args.steps, clock) for clock in ("wall", "cpu")}
     for clock, rows in clocks.items():
-        print(f"{clock + ' clock':12}{'ms/step':>9}{'x bare':>9}   95 % interval")
-        for name in ("bare", "bare again", "difftrain"):
-            low, high = rows[name]["interval_95"]
-            between = "" if name == "bare" else f"   {low:.3f} to {high:.3f}"
-            print(f"{name:12}{rows[name]['step_milliseconds']:9.2f}{rows[name]['ratio']:9.3f}{between}")
+        print(f"{clock + ' clock':12}{'ms/step':>9}{'x bare':>9}   lowest to highest set")
+        for name, row in rows.items():
+            between = (
+                "" if name == "bare" else f"   {min(row['ratios_of_sets']):.3f} to {max(row['ratios_of_sets']):.3f}"
+            )
+            print(f"{name:12}{row['step_milliseconds']:9.2f}{row['ratio']:9.3f}{between}")
         print()
-    turns_of = f"medians of {args.rounds} rounds of {args.steps} steps"
+    turns_of = f"medians of {args.sets} sets of {args.rounds} rounds of {args.steps} steps"
     step_of = f"tiny model, batch {args.batch}, {args.image_size} px, {args.precision} on {device.type}"
     print(f"{turns_of}; {step_of}, {args.threads} thread{'s' * (args.threads > 1)}")
     size = {name: value for name, value in vars(args).items() if name != "json"}
