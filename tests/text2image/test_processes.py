@@ -131,13 +131,18 @@ def test_a_signal_finishes_the_step_saves_and_exits_75_and_auto_goes_on(config, 
     command = [sys.executable, str(TRAIN), "--config", str(config), "--output-dir", "run", "--resume", "auto"]
     more = ["--set", "checkpoint.every_steps=100000", "train.log_every=1", "data.num_workers=1"]
     process = subprocess.Popen(
-        [*command, *more, "train.max_steps=100000"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        [*command, *more, "train.max_steps=100000"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does: the loader's workers get it too
     process.communicate(timeout=60)
     assert process.returncode == 75
     status = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]

@@ -136,6 +136,7 @@ def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> 
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    # Ctrl-C reaches the whole process group; a worker that died of it would end the step that is being finished.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker that died of them would end the step that
+    # is being finished. Workers end when the trainer says so, or when they see that it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
