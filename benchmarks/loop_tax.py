@@ -2,12 +2,13 @@
 
 Both loops live in one process and take turns in shuffled order; a turn is `--steps` steps. A second bare loop is the
 control: whatever its ratio to the first one is, is noise. Where a model's weights happen to lie in memory makes a loop
-faster or slower for good, by about 1 %, so all loops are built anew `--sets` times. README.md says how to read the result.
+faster or slower for good, by about 1 %, so all loops are built anew `--sets` times. How to read it: README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import random
 import statistics
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ class OurLoop:
     """`trainer.loop.run` itself with the hooks of a real run that act at every logging step, over the same batches."""
 
     def __init__(self, training: Training, batches: list[Batch], latents: list[Tensor]):
-        self.training, self.stop, self.clock = training, StopRequest(), Clock()
+        self.training, self.clock = training, Clock()
         stored = {batch.slots[0]: batch for batch in batches}
         training.samples.batch = lambda slots: stored[slots[0]]
         training.latent_source = StoredLatents(batches, latents)
@@ -121,7 +123,11 @@ class OurLoop:
     def turn(self) -> Spent:
         """Train on every batch once, and say what the loop took."""
         self.training.state.step = 0
-        loop.run(self.training, self.hooks, self.stop, print)
+        stop = StopRequest()
+        try:
+            loop.run(self.training, self.hooks, stop, print)
+        finally:
+            stop.close()
         return self.clock.spent
 
 
@@ -221,13 +227,11 @@ def compare(sets: list[dict[str, list[Spent]]], steps: int, clock: str) -> dict[
     """
     rows = {}
     for name in NAMES:
-        seconds = [
-            [(getattr(mine, clock), getattr(bare, clock)) for mine, bare in zip(s[name], s["bare"], strict=True)]
-            for s in sets
-        ]
-        ratios = [statistics.median(mine / bare for mine, bare in rounds) for rounds in seconds]
+        seconds = [[getattr(spent, clock) for spent in turns[name]] for turns in sets]
+        bares = [[getattr(spent, clock) for spent in turns["bare"]] for turns in sets]
+        ratios = [statistics.median(map(operator.truediv, *pair)) for pair in zip(seconds, bares, strict=True)]
         rows[name] = {
-            "step_milliseconds": 1000 * statistics.median(mine for rounds in seconds for mine, _ in rounds) / steps,
+            "step_milliseconds": 1000 * statistics.median(chain(*seconds)) / steps,
             "ratio": statistics.median(ratios),
             "ratios_of_sets": ratios,
         }
@@ -253,10 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for clock, rows in clocks.items():
         print(f"{clock + ' clock':12}{'ms/step':>9}{'x bare':>9}   lowest to highest set")
         for name, row in rows.items():
-            between = (
-                "" if name == "bare" else f"   {min(row['ratios_of_sets']):.3f} to {max(row['ratios_of_sets']):.3f}"
-            )
-            print(f"{name:12}{row['step_milliseconds']:9.2f}{row['ratio']:9.3f}{between}")
+            low, high = min(row["ratios_of_sets"]), max(row["ratios_of_sets"])
+            print(f"{name:12}{row['step_milliseconds']:9.2f}{row['ratio']:9.3f}   {low:.3f} to {high:.3f}")
         print()
     turns_of = f"medians of {args.sets} sets of {args.rounds} rounds of {args.steps} steps"
     step_of = f"tiny model, batch {args.batch}, {args.image_size} px, {args.precision} on {device.type}"

@@ -35,6 +35,15 @@ def test_the_average_starts_at_the_weights_and_owns_its_memory():
     assert torch.equal(ema.average["bias"], weights(0)["bias"])
 
 
+def test_the_average_of_trained_weights_grows_no_graph():
+    weights = {"w": torch.nn.Parameter(torch.ones(3))}
+    ema = Ema(EmaSpec(decay=0.5), weights)
+    for step in range(3):
+        ema.update(weights, step, torch.tensor(0.0))
+    assert not ema.average["w"].requires_grad
+    assert ema.average["w"].grad_fn is None
+
+
 def test_warm_up_grows_to_the_decay_and_is_a_function_of_the_step():
     spec = EmaSpec(decay=0.99)
     decays = [spec.decay_at(step) for step in range(2000)]

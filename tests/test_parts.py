@@ -34,7 +34,7 @@ from trainer.preflight import preflight
 from trainer.registry import Part
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.step import step_unless, train_step
+from trainer.step import step_unless, step_unless_flagged, train_step
 from trainer.timesteps import LARGEST_T, TimestepLaw
 from trainer.training import assemble
 from trainer.weighting import Weighting
@@ -355,7 +355,8 @@ TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 class OneOptimizer:
     """A few parameters, an optimizer over them, and steps whose gradients depend on the step alone."""
 
-    def __init__(self, spec: OptimizerSpec):
+    def __init__(self, spec: OptimizerSpec, how: Callable[[torch.optim.Optimizer, torch.Tensor], None] = step_unless):
+        self.how = how
         generator = torch.Generator().manual_seed(0)
         self.parameters = [
             torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 8), (8,), (4, 2, 3, 3))
@@ -370,7 +371,7 @@ class OneOptimizer:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             if skipped:
                 parameter.grad.view(-1)[0] = math.nan
-        step_unless(self.optimizer, skipped)
+        self.how(self.optimizer, skipped)
 
     def tensors(self) -> list[torch.Tensor]:
         state = self.optimizer.state_dict()["state"]
@@ -382,9 +383,14 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.parametrize("how", [step_unless, step_unless_flagged])
 @every_optimizer
-def test_a_skipped_step_changes_no_bit_of_weights_and_state_and_a_taken_one_does(part: type[OptimizerSpec], make: Make):
-    one = OneOptimizer(make(part))
+def test_a_skipped_step_changes_no_bit_of_weights_and_state_and_a_taken_one_does(
+    part: type[OptimizerSpec], how: Callable[[torch.optim.Optimizer, torch.Tensor], None], make: Make
+):
+    one = OneOptimizer(make(part), how)
+    if how is step_unless_flagged and not getattr(one.optimizer, "_step_supports_amp_scaling", False):
+        pytest.skip("this optimizer cannot read the flag on the device")
     one.step(0, TAKEN)
     before = one.tensors()
     one.step(1, SKIPPED)

@@ -41,9 +41,9 @@ class Ema:
 
         averages, current = list(self.average.values()), list(weights.values())
         rate = 1 - self.spec.decay_at(step)
-        if skipped.device.type == "cpu":
-            if not skipped:
+        with torch.no_grad():  # the weights require gradients: every average would grow a graph, step after step
+            if skipped.device.type != "cpu":
+                rates = [rate * (1 - skipped)] * len(averages)
+                torch._foreach_lerp_(averages, current, rates)  # pyright: ignore[reportPrivateImportUsage]
+            elif not skipped:
                 torch._foreach_lerp_(averages, current, rate)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            rates = [rate * (1 - skipped)] * len(averages)
-            torch._foreach_lerp_(averages, current, rates)  # pyright: ignore[reportPrivateImportUsage]

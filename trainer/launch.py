@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import time
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
         for line in describe(training):
             say(line)
         first = training.state.step
-        loop.run(training, standard_hooks(checked, training, start), stop, say)
+        hooks = standard_hooks(checked, training, start)
+        gc.freeze()  # what exists by now stays; `train` switched the collector off for the start-up
+        gc.enable()
+        loop.run(training, hooks, stop, say)
         _last_word(training, first, time.monotonic() - started, say)
     finally:
         stop.close()

@@ -162,7 +162,12 @@ class Runtime:
 
     def seed_dropout(self, seed: int) -> None:
         """Make layers that draw from the device's own generator (nn.Dropout) depend on `seed` alone."""
-        torch.manual_seed(seed)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # what torch.manual_seed does, without 0.1 ms of asking for devices
+        else:
+            torch.manual_seed(seed)
 
     def peak_memory_bytes(self) -> int:
         """The most memory this rank has held: of the GPU, or of the process without one."""

@@ -81,9 +81,15 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """Let the optimizer step unless `skipped` (0-dim float) is 1. Fused optimizers decide that on the device."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, skipped  # pyright: ignore[reportAttributeAccessIssue]
+    """Let the optimizer step unless `skipped` (0-dim float) is 1, without waiting for an accelerator if it can be told."""
+    on_accelerator = skipped.device.type != "cpu"
+    if on_accelerator and getattr(optimizer, "_step_supports_amp_scaling", False):
+        step_unless_flagged(optimizer, skipped)
+    elif not skipped:
         optimizer.step()
-    elif not skipped:  # waits for the device
-        optimizer.step()
+
+
+def step_unless_flagged(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """The same for a fused optimizer, whose kernels read the flag where it is."""
+    optimizer.grad_scale, optimizer.found_inf = None, skipped  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()

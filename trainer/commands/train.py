@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 from pathlib import Path
@@ -54,14 +55,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train to the end: 0. Raises the RunEnd of every other ending."""
     checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
-    if args.dry_run:
-        from trainer.dry_run import dry_run
+    gc.disable()  # imports make a million objects that stay; looking for garbage among them is a third of the start-up
+    try:
+        if args.dry_run:
+            from trainer.dry_run import dry_run
 
-        dry_run(checked)
-    else:
-        from trainer.launch import launch
+            dry_run(checked)
+        else:
+            from trainer.launch import launch
 
-        launch(checked, run_dir, args.resume, args.allow_change)
+            launch(checked, run_dir, args.resume, args.allow_change)
+    finally:
+        gc.enable()
     return 0
 
 
