@@ -81,7 +81,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """Let the optimizer step unless `skipped` (0-dim float) is 1, without waiting for an accelerator if it can be told."""
+    """Let the optimizer step unless `skipped` (0-dim float) is 1, waiting for no accelerator if it can be told."""
     on_accelerator = skipped.device.type != "cpu"
     if on_accelerator and getattr(optimizer, "_step_supports_amp_scaling", False):
         step_unless_flagged(optimizer, skipped)
