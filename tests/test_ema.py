@@ -36,7 +36,7 @@ def test_the_average_starts_at_the_weights_and_owns_its_memory():
 
 
 def test_the_average_of_trained_weights_grows_no_graph():
-    weights = {"w": torch.nn.Parameter(torch.ones(3))}
+    weights: dict[str, torch.Tensor] = {"w": nn.Parameter(torch.ones(3))}
     ema = Ema(EmaSpec(decay=0.5), weights)
     for step in range(3):
         ema.update(weights, step, torch.tensor(0.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,14 @@ class Found:
         """The content, tensors on the CPU; raises UserError if it is of another format."""
         import torch
 
-        content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] != FORMAT:
-            raise UserError(f"checkpoint format {content['format']}, this version reads {FORMAT}", str(self.path))
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            version = content["format"]
+        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"this is not a checkpoint of difftrain: {first}", str(self.path)) from None
+        if version != FORMAT:
+            raise UserError(f"checkpoint format {version}, this version reads {FORMAT}", str(self.path))
         return content
 
 
@@ -94,6 +100,10 @@ def find(run_dir: RunDir, step: int) -> Found:
         raise UserError(f"there is no checkpoint of step {step}", str(run_dir.path), f"there are: {there}")
     if fault := fault_of(run_dir, step):
         raise UserError(f"checkpoint-{step} is damaged: {fault}", str(run_dir.path), "resume from another one")
+    return _found(run_dir, step)
+
+
+def _found(run_dir: RunDir, step: int) -> Found:
     return Found(run_dir.checkpoint(step), json.loads(run_dir.sidecar(step).read_text(encoding="utf-8")))
 
 
@@ -109,9 +119,37 @@ def find_newest(run_dir: RunDir, say: Callable[[str], None]) -> Found | None:
         if fault is None:
             for bad, why in faults.items():
                 say(f"checkpoint-{bad} is passed over: {why}; checkpoint-{step} is used")
-            return find(run_dir, step)
+            return _found(run_dir, step)
         faults[step] = fault
     if faults:
         reasons = "; ".join(f"checkpoint-{step}: {fault}" for step, fault in faults.items())
         raise UserError(f"no checkpoint verifies: {reasons}", str(run_dir.path), "start again in another --output-dir")
     return None
+
+
+def set_aside_after(run_dir: RunDir, step: int) -> list[str]:
+    """The names of the sidecars newer than `step`, now renamed to NAME.damaged, so that they count for nothing.
+
+    Only for checkpoints that were found damaged: pruning would else keep them in place of good ones.
+    """
+    newer = [run_dir.sidecar(other) for other in run_dir.checkpoint_steps() if other > step]
+    for sidecar in newer:
+        sidecar.rename(sidecar.with_name(f"{sidecar.name}.damaged"))
+    return [sidecar.name for sidecar in newer]
+
+
+def named_run(run: str) -> tuple[RunDir, int | None]:
+    """The run directory and the step that FOLDER or FOLDER@STEP names."""
+    folder, at, step = run.rpartition("@")
+    if Path(run).is_dir() or not at or not step.isdecimal():
+        return RunDir(run), None
+    return RunDir(folder), int(step)
+
+
+def require_checkpoint(run: str, where: str) -> None:
+    """Raise UserError if FOLDER or FOLDER@STEP names no checkpoint; looks at names only."""
+    run_dir, step = named_run(run)
+    steps = run_dir.checkpoint_steps()
+    if not steps or (step is not None and step not in steps):
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"there is no such checkpoint: {run}", where, f"checkpoints in {run_dir.path}: {there}")

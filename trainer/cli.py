@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer import __version__
-from trainer.errors import RunEnd
+from trainer.errors import RunEnd, UserError
 
 # What `difftrain --help` says, so that it need not import a command to describe it; a test compares the two.
 COMMANDS = {
@@ -51,9 +51,15 @@ def guarded(action) -> int:
     try:
         return action()
     except RunEnd as end:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", "0") == "0" or end.of_one_rank:
             sys.stdout.flush()
-            print(f"{end.state}: {end}" if end.exit_code != 2 else f"error: {end}", file=sys.stderr, flush=True)
+            word = "error" if end.exit_code == UserError.exit_code else end.state
+            print(
+                f"rank {rank}: {end}" if end.of_one_rank and rank != "0" else f"{word}: {end}",
+                file=sys.stderr,
+                flush=True,
+            )
         return end.exit_code
     except KeyboardInterrupt:
         return 130

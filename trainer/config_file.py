@@ -6,6 +6,7 @@ import difflib
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +114,13 @@ def _import_plugins(names: Any, where: str) -> None:
     for name in names:
         try:
             importlib.import_module(str(name))
-        except (ImportError, SyntaxError, TypeError, ValueError) as error:
-            raise UserError(
-                f"plugin {name!r} cannot be imported: {error}", where, "run from its folder or install it"
-            ) from None
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever a stranger's module raises)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}"
+            own = f" ({at.filename}:{at.lineno})" if not isinstance(error, ModuleNotFoundError) else ""
+            raise UserError(what + own, where, "run from its folder, install it, or mend it") from None
 
 
 def _drop_keys_of_the_old_kind(

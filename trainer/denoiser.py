@@ -20,6 +20,13 @@ class Denoiser(nn.Module):
         self.unet = components.unet
         self.text_encoder = components.text_encoder
 
+    def train(self, mode: bool = True) -> Denoiser:
+        """Train or eval mode for what is trained; a frozen text encoder stays in eval mode."""
+        super().train(mode)
+        if not self.family.train_text_encoder:
+            self.text_encoder.eval()
+        return self
+
     def forward(self, x_t: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
         """The prediction [B, C, h, w] for latents [B, C, h, w] at model time [B] under token ids [B, chunks, 77]."""
         with torch.set_grad_enabled(self.family.train_text_encoder and torch.is_grad_enabled()):

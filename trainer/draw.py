@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.config import Config
 from trainer.grid import labelled_grid
 from trainer.latents import OnlineVae
+from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.sampler import Sampler
 from trainer.training import load_weights
@@ -18,16 +19,23 @@ if TYPE_CHECKING:
 
 
 def draw(
-    config: Config, run: Path, prompts: Sequence[str], seed: int, steps: int, guidance: float, averaged: bool
+    config: Config,
+    run: Path,
+    checkpoint: int | None,
+    prompts: Sequence[str],
+    seed: int,
+    steps: int,
+    guidance: float,
+    averaged: bool,
 ) -> tuple[int, Image]:
-    """The step of the weights, and the picture of one prompt or the labelled grid of several.
+    """The step of the weights (the newest for None), and the picture of one prompt or the labelled grid of several.
 
-    `run` is FOLDER or FOLDER@STEP. Raises UserError as loading does.
+    Raises UserError as loading does.
     """
     runtime = Runtime("fp32" if config.train.precision == "fp16" else config.train.precision, deterministic=False)
     components = config.model.load(config.train.seed)
     modules = config.model.trainable(components)
-    step = load_weights(modules, str(run), averaged)
+    step = load_weights(modules, RunDir(run), checkpoint, averaged)
     for network in (components.unet, components.text_encoder, components.vae):
         network.to(runtime.device).eval()
     vae = OnlineVae(components.vae, config.model.vae_precision)

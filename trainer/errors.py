@@ -8,6 +8,7 @@ class RunEnd(Exception):
 
     exit_code = 1
     state = "failed"  # as written to run_manifest.json
+    of_one_rank = False  # no other rank met it: this one has to say it
 
 
 class UserError(RunEnd):

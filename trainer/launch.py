@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer import loop
-from trainer.checkpoint import Found
+from trainer.checkpoint import Found, set_aside_after
 from trainer.errors import UserError
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
-from trainer.resume import choose_start, refuse_changes
+from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
+from trainer.run.files import write_json
 from trainer.run.metrics import MetricsLog
 from trainer.run.metrics import read as read_metrics
 from trainer.run.rundir import RunDir
@@ -44,6 +46,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
         for line in describe(training):
             say(line)
         first = training.state.step
+        runtime.from_main(lambda: _prepare_folder(run_dir, start, say))
         hooks = standard_hooks(checked, training, start)
         gc.freeze()  # what exists by now stays; `train` switched the collector off for the start-up
         gc.enable()
@@ -55,34 +58,57 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
 
 
 def _start(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say) -> Found | None:
-    """Rank 0: choose the checkpoint to go on from, and prepare the folder."""
+    """Rank 0: the checkpoint to go on from, None for step 0; raises UserError if it may not go on. Writes nothing."""
     start = choose_start(run_dir, resume, say)
-    if start is not None:
-        refuse_changes(start.load()["config"], checked.config, allowed, say)
-        if start.sidecar["step"] > checked.config.train.max_steps:
-            raise UserError(
-                f"the checkpoint is of step {start.sidecar['step']}, past the last step",
-                checked.loaded.where("train.max_steps"),
-                "raise train.max_steps",
-            )
-        say(f"resume {start.path} at step {start.sidecar['step']}")
+    if start is None:
+        return None
+    step = start.sidecar["step"]
+    refuse_changes(start.load()["config"], checked.config, allowed, say)
+    inputs = {"data_fingerprint": checked.data_fingerprint, "model_files": checked.provenance.files}
+    refuse_other_inputs(start.sidecar, inputs, allowed)
+    if step > checked.config.train.max_steps:
+        raise UserError(
+            f"the checkpoint is of step {step}, past the last step",
+            checked.loaded.where("train.max_steps"),
+            "raise train.max_steps",
+        )
+    if _is_branch(start, run_dir) and (steps := len(_history(start))) < step:
+        raise UserError(
+            f"the run of this checkpoint has metrics of only {steps} steps",
+            str(start.path.parent),
+            "branch off from a whole run directory",
+        )
+    say(f"resume {start.path} at step {step}")
+    return start
+
+
+def _prepare_folder(run_dir: RunDir, start: Found | None, say: loop.Say) -> None:
+    """Rank 0: the folder as the next step wants it, once nothing can be refused any more."""
     run_dir.create()
     for stray in run_dir.sweep():
         say(f"note   removed {stray}, left half-written by a killed run")
-    if start is not None and start.path.parent.resolve() != run_dir.path.resolve():
-        # A branch of another run: its history up to here belongs to this one.
-        history = read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]]
-        if len(history) < start.sidecar["step"]:
-            raise UserError(
-                f"the run of this checkpoint has metrics of only {len(history)} steps",
-                str(start.path.parent),
-                "branch off from a whole run directory",
-            )
-        log = MetricsLog(run_dir.metrics)
-        log.rewind(0)
-        log.append(history)
-        log.sync()
-    return start
+    if start is None:
+        return
+    if not _is_branch(start, run_dir):
+        for name in set_aside_after(run_dir, start.sidecar["step"]):
+            say(f"note   renamed {name} to {name}.damaged")
+        return
+    # The history and the first checkpoint of a branch are the other run's: killed early, it goes on from there.
+    log = MetricsLog(run_dir.metrics)
+    log.rewind(0)
+    log.append(_history(start))
+    log.sync()
+    step = start.sidecar["step"]
+    shutil.copyfile(start.path, run_dir.checkpoint(step))
+    write_json(run_dir.sidecar(step), start.sidecar)
+
+
+def _is_branch(start: Found, run_dir: RunDir) -> bool:
+    return start.path.parent.resolve() != run_dir.path.resolve()
+
+
+def _history(start: Found) -> list[dict[str, Any]]:
+    return read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]]
 
 
 def describe(training: Training) -> list[str]:
@@ -93,6 +119,8 @@ def describe(training: Training) -> list[str]:
     source = training.components.provenance
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
+    trained_as = training.components.scheduler.get("prediction_type")
+    mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
         f"model  {source.source}{revision}: {', '.join(sizes)}, vae {_count(training.components.vae)} "
         f"in {config.model.vae_precision}",
@@ -100,6 +128,7 @@ def describe(training: Training) -> list[str]:
         f"{config.optimizer.kind}, {lr.kind} lr {lr.peak:g} after {lr.warmup_steps} warm-up steps",
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
         f"{', deterministic' if config.train.deterministic else ''}",
+        *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
         f"output {training.run_dir.path}",
     ]
 
@@ -126,6 +155,9 @@ def _last_word(training: Training, first: int, seconds: float, say: loop.Say) ->
         "metrics": str(run_dir.metrics),
         "go on with": resume_command(training),
     }
+    cut = sum(line["captions_cut"] for line in read_metrics(run_dir.metrics)) if training.runtime.is_main else 0
+    if cut:
+        rows["cut"] = f"{cut} captions were longer than the text encoder reads; model.prompt_chunks takes more of them"
     samples = run_dir.sample(state.step)
     if samples.is_file():
         rows["samples"] = str(samples)

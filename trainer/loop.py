@@ -46,7 +46,9 @@ def _steps(training: Training, crew: Crew, stop: StopRequest) -> None:
         last = stopping or state.step == train.max_steps
         collective = crew.collective_due(last)
         if last or collective or state.step % train.log_every == 0:
-            crew.metrics(pending.drain(crew.measure(collective)))
+            lines = pending.drain()  # first: what follows would wait for these steps and be blamed for their time
+            lines[-1] |= crew.measure(collective)
+            crew.metrics(lines)
         crew.after_step(collective, last)
         if pending.bad_steps >= train.max_bad_steps:
             raise Diverged(
@@ -70,10 +72,8 @@ class PendingMetrics:
         self.results.append(result)
         self.seconds += seconds
 
-    def drain(self, measured: dict[str, Any]) -> list[dict[str, Any]]:
-        """One metrics line per step since the last drain; `measured` joins the last one."""
-        if not self.results:
-            return []
+    def drain(self) -> list[dict[str, Any]]:
+        """One metrics line per step since the last drain, at least one."""
         started = time.perf_counter()
         numbers = torch.stack([torch.stack([*r.sums, r.grad_norm, r.skipped]) for r in self.results]).tolist()
         batch = self.training.topology.global_batch
@@ -99,7 +99,6 @@ class PendingMetrics:
                     },
                 }
             )
-        lines[-1] |= measured
         self.results, self.seconds = [], 0.0
         return lines
 

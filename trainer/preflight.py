@@ -41,7 +41,9 @@ class Preflight:
         images, epoch = train.max_steps * train.global_batch_size, len(self.training_indices)
         ranks = f"{deal.world_size} rank{'s' * (deal.world_size > 1)}"
         steps, batch = train.max_steps, deal.global_batch
+        empty = self.records.empty_captions
         return [
+            *([f"note   {empty} of {len(self.records)} records have an empty caption"] if empty else []),
             f"data   {len(self.records)} records = {epoch} to train on + {len(self.held_out_indices)} held out "
             f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
             f"batch  {_images(batch)} = {_images(deal.micro_batch)} x {ranks} x {deal.accumulation} accumulation",

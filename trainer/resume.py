@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from trainer.checkpoint import Found, find, find_newest
 from trainer.config import Config
@@ -23,6 +26,9 @@ FREE = (
     "hooks",
     "plugins",
 )
+
+# What a checkpoint's sidecar knows of its inputs, by the section of the config that names them.
+FINGERPRINTS = {"data": "data_fingerprint", "model": "model_files"}
 
 
 def choose_start(run_dir: RunDir, resume: str, say: Callable[[str], None]) -> Found | None:
@@ -83,7 +89,10 @@ def _named(path: Path, run_dir: RunDir, say: Callable[[str], None]) -> Found:
 
 def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str], say: Callable[[str], None]) -> None:
     """Raise UserError if `config` differs from the `saved` one in what a step computes, and say what else differs."""
-    changes = differences(saved, config.model_dump(mode="json"))
+    changes = differences_from(saved, config)
+    known = {*_dotted(saved), *_dotted(config.model_dump(mode="json")), *FINGERPRINTS}
+    if unknown := [name for name in allowed if name not in known]:
+        raise UserError(f"--allow-change {' '.join(unknown)}: there is no such key in this config")
     free = (*FREE, *allowed) if config.lr.depends_on_max_steps else (*FREE, *allowed, "train.max_steps")
     refused = []
     for key, (old, new) in changes.items():
@@ -98,6 +107,35 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
             "this config does not continue the checkpoint's run: " + "; ".join(refused),
             fix=f"change it back, start a new run, or allow it: --allow-change {names}",
         )
+
+
+def differences_from(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys at which `config` differs from a saved one; a key that was unknown then has its default."""
+    with contextlib.suppress(ValidationError):  # a value that is no longer allowed: the raw comparison names it
+        saved = Config.model_validate(saved).model_dump(mode="json")
+    return differences(saved, config.model_dump(mode="json"))
+
+
+def refuse_other_inputs(sidecar: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raise UserError if the records or the model's files are not those that the checkpoint was trained with."""
+    for name, key in FINGERPRINTS.items():
+        was, found = sidecar.get(key), now[key]
+        if was is not None and found is not None and was != found and name not in allowed:
+            raise UserError(
+                f"the {name} changed since the checkpoint: {key} was {_short(was)}, is {_short(found)}",
+                fix=f"put it back, start a new run, or allow it: --allow-change {name}",
+            )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else ", ".join(f"{k} {v[:12]}" for k, v in value.items())
+
+
+def _dotted(value: Any, path: str = "") -> set[str]:
+    """Every dotted key of a nested config, sections included."""
+    if not isinstance(value, dict):
+        return {path}
+    return {path} | {key for name, item in value.items() for key in _dotted(item, f"{path}.{name}" if path else name)}
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

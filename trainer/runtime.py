@@ -155,17 +155,10 @@ class Runtime:
             raise outcome[1]
         return outcome[0]
 
-    def barrier(self) -> None:
-        """Return once all ranks are here."""
-        if self.world_size > 1:
-            dist.barrier(group=self._host_group)
-
     def seed_dropout(self, seed: int) -> None:
         """Make layers that draw from the device's own generator (nn.Dropout) depend on `seed` alone."""
         if self.device.type == "cpu":
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed costs 0.1 ms more
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 0.1 ms more
         else:
             torch.manual_seed(seed)
 

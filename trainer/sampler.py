@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from trainer.objectives.base import Objective
 
 
+AT_ONCE = 4  # pictures: guidance doubles them, and a training run leaves little memory
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws pictures with the weights that `components` hold now."""
@@ -32,9 +35,16 @@ class Sampler:
     steps: int
     guidance: float
 
-    @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int, places: Sequence[int]) -> list[Image]:
         """One picture per prompt. Picture i depends on (seed, places[i]) and its prompt, not on its neighbours."""
+        pictures: list[Image] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            chunk = slice(start, start + AT_ONCE)
+            pictures += self._draw(prompts[chunk], seed, places[chunk])
+        return pictures
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str], seed: int, places: Sequence[int]) -> list[Image]:
         device = self.components.unet.device
         shape = self.family.latent_shape(self.components.vae, self.image_size)
         x = normal(seed, "sample", places, shape).to(device)
@@ -51,7 +61,7 @@ class Sampler:
             eps = (x - alpha * x0) / sigma
             alpha, sigma = per_image(*self.objective.alpha_sigma(torch.full_like(t, (step - 1) / self.steps)))
             x = alpha * x0 + sigma * eps
-        return [_to_image(pixels) for pixels in self.vae.decode(x)]
+        return [_to_image(self.vae.decode(latents[None])[0]) for latents in x]  # decoding takes the most memory
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         tokens, _ = self.family.tokenize(self.components.tokenizer, prompts)

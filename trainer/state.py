@@ -49,15 +49,18 @@ class TrainState:
         """Become what `saved` says; raises if its names or shapes are others."""
         for name, module in self.modules.items():
             module.load_state_dict(saved["modules"][name])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(ours)  # the config decides; the checkpoint's own settings were compared with it
         for entry in self.optimizer.state.values():
             for name, value in entry.items():
                 if torch.is_tensor(value) and value.device.type == "cpu":
                     entry[name] = value.clone()  # else it would live in the mapped checkpoint file
         if self.ema is not None:
-            for name, average in self.ema.average.items():
-                average.copy_(saved["ema"][name])
-        if self.scaler is not None:
+            # Without a saved average (an allowed change of the config) it starts at the loaded weights.
+            _copy(self.ema.average, saved["ema"] or {name: weight.detach() for name, weight in self._weights.items()})
+        if self.scaler is not None and saved["scaler"] is not None:
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from trainer.checkpoint import Found, find, find_newest
+from trainer.checkpoint import Found, find, find_newest, named_run
 from trainer.config import Config
 from trainer.data.loader import Batch, Samples, SlotSchedule, load_batches
 from trainer.data.plan import BatchPlan
@@ -57,13 +56,13 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
     components = family.load(config.train.seed)
     modules = family.trainable(components)
     if family.init_from is not None and start is None:
-        load_weights(modules, family.init_from)
+        load_weights(modules, *named_run(family.init_from))
     if config.train.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         if family.train_text_encoder:
             components.text_encoder.gradient_checkpointing_enable()
     vae = OnlineVae(components.vae.to(device), family.vae_precision)
-    model = runtime.prepare(Denoiser(family, components))
+    model = runtime.prepare(Denoiser(family, components).train())
     state = TrainState(modules, config.optimizer.build(_trainable(modules)), None, runtime.scaler)
     if config.ema is not None:
         state.ema = Ema(config.ema, state.weights())
@@ -71,7 +70,6 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         state.load_state_dict(start.load())
     samples = partial(
         Samples,
-        source=config.data,
         records=checked.records,
         timesteps=config.timesteps,
         tokenize=partial(family.tokenize, components.tokenizer),
@@ -81,8 +79,12 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
     held_out = None
     if validation is not None and len(checked.held_out_indices):
         chosen = checked.held_out_indices[: validation.max_records]
+        as_they_are = {"caption_dropout": 0.0, "random_flip": False, "center_crop": True}
         held_out = samples(
-            plan=BatchPlan(chosen, validation.seed, shuffle=False), global_batch=len(chosen), seed=validation.seed
+            source=config.data.model_copy(update=as_they_are),
+            plan=BatchPlan(chosen, validation.seed, shuffle=False),
+            global_batch=len(chosen),
+            seed=validation.seed,
         )
     return Training(
         config=config,
@@ -95,26 +97,25 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         latent_source=vae,
         state=state,
         samples=samples(
-            plan=BatchPlan(checked.training_indices, train.seed), global_batch=train.global_batch_size, seed=train.seed
+            source=config.data,
+            plan=BatchPlan(checked.training_indices, train.seed),
+            global_batch=train.global_batch_size,
+            seed=train.seed,
         ),
         held_out=held_out,
         data_fingerprint=checked.data_fingerprint,
     )
 
 
-def load_weights(modules: dict[str, nn.Module], run: str, averaged: bool = True) -> int:
-    """Load another run's weights (FOLDER or FOLDER@STEP) into `modules` and return their step.
+def load_weights(modules: dict[str, nn.Module], run_dir: RunDir, step: int | None, averaged: bool = True) -> int:
+    """Load another run's weights, of its newest checkpoint for None, into `modules` and return their step.
 
     Its EMA weights if it has any and `averaged` is set. Raises UserError if the run, the checkpoint or a module is
     missing, or a shape does not fit.
     """
-    folder, at, step = run.rpartition("@")
-    if not at or not step.isdecimal():
-        folder, step = run, ""  # an @ of the path itself
-    run_dir = RunDir(Path(folder))
-    found = find(run_dir, int(step)) if step else find_newest(run_dir, say=lambda line: None)
+    found = find_newest(run_dir, say=lambda line: None) if step is None else find(run_dir, step)
     if found is None:
-        raise UserError("there is no checkpoint in this folder", folder, "give the folder of a run")
+        raise UserError("there is no checkpoint in this folder", str(run_dir.path), "give the folder of a run")
     content = found.load()
     for name, module in modules.items():
         if name not in content["modules"]:

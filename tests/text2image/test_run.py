@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,132 @@ def test_the_loss_curve_of_twenty_steps_is_the_golden_one(config, tmp_path):
     golden += [0.7232, 0.7897, 0.7028, 0.6898, 0.6236, 0.6873, 0.7180, 0.6722, 0.6684, 0.6728]
     assert train(config, tmp_path / "run", "--set", "train.max_steps=20", "checkpoint.every_steps=20") == 0
     assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(golden, rel=1e-3)
+
+
+def pictures(folder: Path, count: int) -> str:
+    from trainer.data.dummy import write_dummy_imagefolder
+
+    write_dummy_imagefolder(folder, num_images=count, image_size=32)
+    return f"data.data_root={folder}"
+
+
+def test_a_resume_on_other_data_is_refused_unless_that_is_allowed(config, tmp_path, capsys):
+    config.write_text(
+        CONFIG.replace(
+            "{kind: shapes, image_size: 32, num_workers: 0, num_images: 10,",
+            "{kind: imagefolder, image_size: 32, num_workers: 0, data_root: x,",
+        )
+    )
+    options = ["--set", pictures(tmp_path / "pictures", 6), "train.max_steps=2"]
+    assert train(config, tmp_path / "run", *options) == 0
+    metadata = tmp_path / "pictures" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("a ", "the ", 1))
+    more = ["--resume", "auto", *options[:-1], "train.max_steps=4"]
+    assert train(config, tmp_path / "run", *more) == 2
+    assert "the data changed since the checkpoint" in capsys.readouterr().err
+    assert train(config, tmp_path / "run", *more, "--allow-change", "data") == 0
+
+
+def test_an_allowed_change_of_the_optimizer_takes_effect(config, tmp_path):
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=2") == 0
+    more = ["--resume", "auto", "--set", "optimizer.weight_decay=0.5", "--allow-change", "optimizer.weight_decay"]
+    assert train(config, tmp_path / "run", *more) == 0
+    assert checkpoint(tmp_path / "run", 6)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_an_average_that_is_switched_on_later_starts_at_the_loaded_weights(config, tmp_path):
+    config.write_text(CONFIG.replace("ema: {decay: 0.9}\n", ""))
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=2") == 0
+    before = checkpoint(tmp_path / "run", 2)["modules"]["unet"]
+    more = ["--resume", "auto", "--set", "ema.decay=0.99999", "ema.warmup=false", "train.max_steps=4"]
+    assert train(config, tmp_path / "run", *more, "--allow-change", "ema") == 0
+    average = checkpoint(tmp_path / "run", 4)["ema"]
+    assert all(torch.allclose(average[f"unet.{name}"], before[name], atol=1e-6) for name in before)
+
+
+def test_an_unknown_name_to_allow_is_refused(config, tmp_path, capsys):
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=2") == 0
+    assert train(config, tmp_path / "run", "--resume", "auto", "--allow-change", "train.sed") == 2
+    assert "there is no such key" in capsys.readouterr().err
+
+
+def test_a_config_field_that_is_newer_than_the_checkpoint_does_not_stop_a_resume(config, tmp_path):
+    run = tmp_path / "run"
+    assert train(config, run, "--set", "train.max_steps=2") == 0
+    content = checkpoint(run, 2)
+    del content["config"]["model"]["unet_width"], content["config"]["train"]["max_bad_steps"]
+    torch.save(content, run / "checkpoint-2.pt")
+    sidecar = json.loads((run / "checkpoint-2.json").read_text())
+    data = (run / "checkpoint-2.pt").read_bytes()
+    sidecar |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (run / "checkpoint-2.json").write_text(json.dumps(sidecar))
+    assert train(config, run, "--resume", "auto") == 0
+
+
+def test_a_hostile_checkpoint_with_a_matching_sidecar_is_refused_and_runs_nothing(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(config, run, "--set", "train.max_steps=2") == 0
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it ran"), "w")
+
+    torch.save({"format": 1, "step": 2, "config": Hostile()}, run / "checkpoint-2.pt")
+    data = (run / "checkpoint-2.pt").read_bytes()
+    sidecar = json.loads((run / "checkpoint-2.json").read_text())
+    sidecar |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (run / "checkpoint-2.json").write_text(json.dumps(sidecar))
+    assert train(config, run, "--resume", "auto") == 2
+    assert "this is not a checkpoint of difftrain" in capsys.readouterr().err
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_branch_that_is_killed_early_goes_on_from_its_branch_point(config, tmp_path):
+    assert train(config, tmp_path / "run") == 0
+    start = str(tmp_path / "run" / "checkpoint-4.pt")
+    assert train(config, tmp_path / "branch", "--resume", start, "--set", "train.max_steps=4") == 0
+    assert train(config, tmp_path / "branch", "--resume", "auto") == 0
+    assert metrics(tmp_path / "branch") == metrics(tmp_path / "run")
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(config, tmp_path):
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+    (run / "checkpoint-6.json").rename(run / "checkpoint-400.json")
+    assert train(config, run, "--resume", "auto", "--set", "train.max_steps=8") == 0
+    assert sorted(path.name for path in run.glob("checkpoint-*.json")) == ["checkpoint-6.json", "checkpoint-8.json"]
+    manifest = json.loads((run / "run_manifest.json").read_text())
+    assert [entry["step"] for entry in manifest["checkpoints"]] == [6, 8]
+
+
+def test_a_start_that_cannot_load_its_weights_leaves_no_folder(config, tmp_path, capsys):
+    empty = tmp_path / "model"
+    (empty / "unet").mkdir(parents=True)
+    (empty / "unet" / "config.json").write_text("{}")
+    assert train(config, tmp_path / "run", "--set", "model.kind=sd", f"model.pretrained={empty}") == 2
+    assert train(config, tmp_path / "run", "--set", f"model.init_from={tmp_path / 'nowhere'}") == 2
+    assert "there is no such checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_modes_do_not_depend_on_whether_a_grid_was_drawn(config, tmp_path):
+    from trainer.config_file import load_config
+    from trainer.hooks.sample_grid import SampleGrid
+    from trainer.preflight import preflight
+    from trainer.run.rundir import RunDir
+    from trainer.runtime import Runtime
+    from trainer.training import assemble
+
+    for trains_text in ("true", "false"):
+        runtime = Runtime("fp32", deterministic=False)
+        try:
+            loaded = load_config(config, [f"model.train_text_encoder={trains_text}"])
+            training = assemble(preflight(loaded, 0, 1), runtime, RunDir(tmp_path), None)
+            modes = [module.training for module in training.model.modules()]
+            assert training.components.unet.training
+            assert training.components.text_encoder.training == (trains_text == "true")
+            grid = SampleGrid(prompts=("x",), every_steps=1, max_steps=9, seed=0, sampler_steps=1, guidance=1.0)
+            grid.after_step(training, last=False)
+            assert [module.training for module in training.model.modules()] == modes
+        finally:
+            runtime.close()

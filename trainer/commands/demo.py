@@ -11,7 +11,7 @@ from trainer.run.rundir import RunDir
 
 EXAMPLE = "difftrain demo --quick"
 CONFIG = Path(__file__).resolve().parent.parent.parent / "configs" / "demo.yaml"
-QUICK = ["train.max_steps=200", "validation.every_steps=100", "lr.warmup_steps=20"]
+QUICK = ["train.max_steps=150", "validation.every_steps=150", "lr.warmup_steps=20"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     options.overrides = overrides
     code = train.run(options)
     grids = sorted(RunDir(output_dir).samples.glob("step-*.png"))
-    print(f"first samples: {grids[0]}")
-    print(f"final samples: {grids[-1]}")
+    if grids:
+        print(f"first samples: {grids[0]}")
+        print(f"final samples: {grids[-1]}")
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -35,14 +36,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: the picture is a PNG", fix=f"name it {args.output.stem}.png")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no such folder", fix="make it first")
-    if args.count < 1 or args.steps < 1:
-        raise UserError("--count and --steps are at least 1")
+    if args.count < 1 or args.steps < 1 or not 0 <= args.guidance < math.inf:
+        raise UserError("--count and --steps are at least 1, --guidance at least 0")
     from trainer.config_file import load_config
     from trainer.draw import draw
 
     step, grid = draw(
         load_config(config_file).config,
-        args.folder if args.checkpoint is None else Path(f"{args.folder}@{args.checkpoint}"),
+        args.folder,
+        args.checkpoint,
         [prompt for prompt in args.prompts for _ in range(args.count)],
         args.seed,
         args.steps,

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from trainer.checkpoint import require_checkpoint
 from trainer.config_file import load_config
 from trainer.errors import UserError
 from trainer.preflight import Preflight, preflight
@@ -54,6 +55,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end: 0. Raises the RunEnd of every other ending."""
+    if args.dry_run and args.resume != "none":
+        raise UserError("--dry-run does the first step of a new run", fix="leave --resume out")
     checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
     gc.disable()  # imports make a million objects that stay; looking for garbage among them is a third of the start-up
     try:
@@ -80,6 +83,8 @@ def check(args: argparse.Namespace, new_run: bool, writes: bool = True) -> tuple
             run_dir.check_writable()
         if writes and new_run:
             refuse_second_run(run_dir)
+        if new_run and loaded.config.model.init_from is not None:
+            require_checkpoint(loaded.config.model.init_from, loaded.where("model.init_from"))
         refuse_a_lonely_launch()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         return preflight(loaded, rank, world_size), run_dir

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     facts = checked.manifest_facts([sys.argv[0], *sys.argv[1:]])
     run_dir.create()
+    Manifest(run_dir.manifest).validated(facts)  # first: it refuses a folder where a run was started
     write_opening_files(run_dir, snapshot(), checked.config.to_yaml())
-    Manifest(run_dir.manifest).validated(facts)
     for line in checked.equations():
         print(line)
     unknown = [name for name in ("revision", "files") if facts["model"][name] is None]

@@ -14,7 +14,7 @@ from trainer.data.record import Records, Source
 from trainer.data.topology import Topology
 from trainer.data.transforms import fit, to_tensor
 from trainer.errors import UserError
-from trainer.rng import draw_seed, normal, uniform
+from trainer.rng import normal, randint, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ class Samples(torch.utils.data.Dataset[Any]):
         if uniform(self.seed, "caption_dropout", slot) < self.source.caption_dropout:
             return ""
         captions = self.records[index].captions
-        return captions[draw_seed(self.seed, "caption", slot) % len(captions)]
+        return captions[randint(self.seed, "caption", slot, len(captions))]
 
     def pixels(self, slot: int, index: int) -> Tensor:
         """The record's picture, resized and cropped, [3, image_size, image_size] float32 in [-1, 1]."""
@@ -131,6 +131,7 @@ def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> 
     )
     for batch in loader:
         if isinstance(batch, UserError):
+            batch.of_one_rank = True
             raise batch
         yield batch
 

@@ -31,7 +31,9 @@ class Checkpointing(CollectiveHook):
         import torch
 
         weights = list(training.state.weights().values())
-        if not torch.isfinite(torch.nn.utils.get_total_norm(weights)):
+        with torch.no_grad():
+            finite = torch.isfinite(torch.nn.utils.get_total_norm(weights))
+        if not finite:
             raise Diverged(f"the weights are not finite after step {training.state.step}; nothing was saved")
         problem = self._save(training) if training.runtime.is_main else None
         self._failures = self._failures + 1 if training.runtime.any(problem is not None) else 0

@@ -14,9 +14,10 @@ class HeldOutLoss(CollectiveHook):
     """Adds `validation_loss` to the metrics: the unweighted mean over held-out records, with averaged weights."""
 
     every_steps: int
+    max_steps: int
 
     def due(self, step: int, last: bool) -> bool:
-        return last or step % self.every_steps == 0
+        return step == self.max_steps or step % self.every_steps == 0  # not when a signal wants the process gone
 
     def measure(self, training: Training) -> dict[str, float]:
         import torch

@@ -45,7 +45,7 @@ class ManifestFile(MainHook):
         run_dir = RunDir(view.folder)
         steps = run_dir.checkpoint_steps()
         for step in steps:
-            sidecar = json.loads(run_dir.sidecar(step).read_bytes())
+            sidecar = json.loads(run_dir.sidecar(step).read_bytes())  # ours: damaged ones were set aside at the start
             self._manifest.add_checkpoint(step, sidecar["file"], sidecar["sha256"], sidecar["bytes"])
         self._manifest.keep_checkpoints(steps)
 

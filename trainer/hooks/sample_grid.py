@@ -17,12 +17,13 @@ class SampleGrid(CollectiveHook):
 
     prompts: tuple[str, ...]
     every_steps: int
+    max_steps: int
     seed: int
     sampler_steps: int
     guidance: float
 
     def due(self, step: int, last: bool) -> bool:
-        return last or step % self.every_steps == 0
+        return step == self.max_steps or step % self.every_steps == 0  # not when a signal wants the process gone
 
     def on_start(self, training: Training) -> None:
         if training.state.step == 0:

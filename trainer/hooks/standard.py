@@ -14,7 +14,7 @@ from trainer.hooks.metrics import Metrics
 from trainer.hooks.progress import Progress
 from trainer.hooks.sample_grid import SampleGrid
 from trainer.preflight import Preflight
-from trainer.resume import differences
+from trainer.resume import differences_from
 from trainer.run.environment import snapshot
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
     """Truth first (manifest, metrics), then what may fail, then the config's own hooks."""
     config, runtime = training.config, training.runtime
     facts = checked.manifest_facts([sys.argv[0], *sys.argv[1:]], training.components.provenance)
-    saved = start.load()["config"] if start else None
-    changed = differences(saved, config.model_dump(mode="json")) if saved else {}
+    changed = differences_from(start.load()["config"], config) if start else {}
     hooks: list[Hook] = []
     if runtime.is_main:
         hooks += [
@@ -44,20 +43,21 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
     sidecar = {
         "config_sha256": facts["config"]["resolved_sha256"],
         "data_fingerprint": checked.data_fingerprint,
+        "model_files": training.components.provenance.files,
         "versions": {
             name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")
         },
     }
     validation = config.validation
     if validation is not None and training.held_out is not None:
-        hooks.append(HeldOutLoss(every_steps=validation.every_steps))
+        hooks.append(HeldOutLoss(every_steps=validation.every_steps, max_steps=config.train.max_steps))
     hooks.append(
         Checkpointing(
             every_steps=config.checkpoint.every_steps, keep_last=config.checkpoint.keep_last, sidecar_facts=sidecar
         )
     )
     if validation is not None and validation.prompts:
-        hooks.append(SampleGrid(**validation.model_dump(exclude={"max_records"})))
+        hooks.append(SampleGrid(max_steps=config.train.max_steps, **validation.model_dump(exclude={"max_records"})))
     return [*hooks, *config.hooks]
 
 

@@ -100,7 +100,7 @@ def sha256_file(path: str | Path) -> str:
 def sweep_temp_files(folder: str | Path) -> list[str]:
     """The names of the temp files that a killed run left in `folder`, now removed, sorted.
 
-    Call it with the folder's lock held and before the first write: a live writer's temp file looks the same.
+    Call it before the first write, and while no other run writes there: a live writer's temp file looks the same.
     """
     swept = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:

@@ -128,7 +128,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 class Manifest:
-    """The one writer of a run's manifest: rank 0, with the run's lock held. Every change is on disk when it returns.
+    """The one writer of a run's manifest: rank 0. Every change is on disk when it returns.
 
     Each raises StorageFailed if the file could not be written, and takes part in the next write all the same.
     """

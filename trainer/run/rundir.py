@@ -88,7 +88,7 @@ class RunDir:
             raise self._unusable(error) from None
 
     def sweep(self) -> list[str]:
-        """The temp files of a killed run, now removed, as paths relative to the folder; hold the run's lock."""
+        """The temp files of a killed run, now removed, as paths relative to the folder."""
         return sweep_temp_files(self.path) + [f"samples/{name}" for name in sweep_temp_files(self.samples)]
 
     def _nearest_folder(self) -> Path:
