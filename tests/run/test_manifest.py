@@ -99,14 +99,6 @@ def test_checkpoints_are_listed_by_step_once_and_pruned_ones_vanish(path):
     assert [known["step"] for known in read_manifest(path)["checkpoints"]] == [9, 10]
 
 
-def test_facts_that_become_known_later_join_and_history_cannot_be_replaced(path):
-    manifest = begun(path)
-    manifest.update(model={"kind": "tiny", "source": "s", "revision": "r", "files": {}})
-    assert read_manifest(path)["model"]["revision"] == "r"
-    with pytest.raises(AssertionError):
-        manifest.update(starts=[])
-
-
 def test_every_end_of_a_run_has_a_state_that_the_manifest_knows(path):
     manifest = begun(path)
     for end in (errors.RunEnd, errors.UserError, errors.StorageFailed, errors.Stopped, errors.Diverged):

@@ -22,10 +22,6 @@ class BatchPlan:
         self.indices, self.seed, self.shuffle = indices, seed, shuffle
         self._current: tuple[int, Permutation] | None = None  # a few numbers, kept to build it once an epoch
 
-    def epoch(self, slot: int) -> int:
-        """How many times all records were read before this slot's epoch began."""
-        return slot // len(self.indices)
-
     def record(self, slot: int) -> int:
         """The index of the record that this slot reads."""
         epoch, position = divmod(slot, len(self.indices))

@@ -150,11 +150,6 @@ class Manifest:
         self._load()
         self._set(**facts, starts=[*self.contents["starts"], dict(start)], status=_status("running", None, ""))
 
-    def update(self, **facts: Any) -> None:
-        """Replaces top-level facts that became known after the start: `model` with its hashes, `data`, ..."""
-        assert not facts.keys() & {"schema_version", "starts", "checkpoints", "status"}, "these have their own methods"
-        self._set(**facts)
-
     def add_checkpoint(self, step: int, file: str, sha256: str, size_bytes: int) -> None:
         """Lists a committed checkpoint, in place of an earlier one of the same step."""
         entry = {"step": step, "file": file, "sha256": sha256, "bytes": size_bytes}

@@ -23,8 +23,6 @@ class RunDir:
         self.environment = self.path / "env.json"
         self.manifest = self.path / "run_manifest.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.report = self.path / "report.html"
-        self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
 
     def checkpoint(self, step: int) -> Path:
