@@ -1,8 +1,8 @@
 """The loop tax: time per step of difftrain over that of a bare PyTorch loop, same maths, same model, data in memory.
 
 Both loops live in one process and take turns in shuffled order; a turn is `--steps` steps. A second bare loop is the
-control: whatever its ratio to the first one is, is noise. Where a model's weights happen to lie in memory makes a loop
-faster or slower for good, by about 1 %, so all loops are built anew `--sets` times. How to read it: README.md.
+control: whatever its ratio to the first one is, is noise. Two identical loops differ by about 1 % for as long as they
+live, so all are built anew `--sets` times. How to read it: README.md.
 """
 
 from __future__ import annotations

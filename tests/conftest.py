@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,11 @@ def write_config(tmp_path: Path) -> Callable[[str], Path]:
 def tiny_config(write_config: Callable[[str], Path]) -> Path:
     """A config that trains the tiny networks on built-in pictures for two steps; nothing is downloaded."""
     return write_config(TINY)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Build a kind of a part, with what it requires beyond the given values."""
+    from part_cases import maker
+
+    return maker(tmp_path_factory)

@@ -1,6 +1,6 @@
 """Every kind of every family keeps its family's contract. A new kind is picked up here without a change.
 
-Only a kind with a required argument of a new name needs an entry in `REQUIRED`.
+Only a kind with a required argument of a new name needs an entry in `REQUIRED` of part_cases.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import copy
 import itertools
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,69 +16,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from part_cases import Make, kinds
 
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.data.dummy import write_dummy_imagefolder
 from trainer.data.record import Records, Source
 from trainer.hook import CollectiveHook, Hook, MainHook
 from trainer.lr import LrLaw
 from trainer.models.base import ModelFamily
-from trainer.models.folder import save_diffusers_folder
-from trainer.objectives.base import Objective
-from trainer.objectives.diffusion import DiffusionObjective
 from trainer.optimizers import OptimizerSpec
 from trainer.preflight import preflight
 from trainer.registry import Part
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.step import step_unless, step_unless_flagged, train_step
-from trainer.timesteps import LARGEST_T, TimestepLaw
+from trainer.timesteps import TimestepLaw
 from trainer.training import assemble
-from trainer.weighting import Weighting
 
-
-def _pictures(folder: Path) -> str:
-    write_dummy_imagefolder(folder / "pictures", num_images=6, image_size=40)
-    return str(folder / "pictures")
-
-
-def _pretrained(folder: Path) -> str:
-    save_diffusers_folder(ModelFamily.parse({"kind": "tiny"}).load(0), folder / "model")
-    return str(folder / "model")
-
-
-# The values of arguments that some kind requires, by name; each is made once, below a folder of its own.
-REQUIRED: dict[str, Callable[[Path], Any]] = {
-    "image_size": lambda folder: 32,
-    "peak": lambda folder: 1e-3,
-    "data_root": _pictures,
-    "pretrained": _pretrained,
-}
 FAMILIES = {family.__name__: family for family in Part.__subclasses__()}
-
-
-def kinds(family: type[Part]) -> list[Any]:
-    return [pytest.param(part, id=kind) for kind, part in family.kinds().items()]
-
-
-Make = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Build a kind, with what it requires beyond the given values."""
-    made: dict[str, Any] = {}
-
-    def build(part: type[Part], **values: Any) -> Part:
-        for name, field in part.model_fields.items():
-            if field.is_required() and name not in values:
-                if name not in made:
-                    made[name] = REQUIRED[name](tmp_path_factory.mktemp(name))
-                values[name] = made[name]
-        return part(**values)
-
-    return build
 
 
 def test_every_family_of_the_config_is_known_to_these_tests():
@@ -122,130 +75,6 @@ def test_every_kind_comes_back_from_yaml_as_it_was(part: type[Part], make: Make,
     assert again == first
     assert again.to_yaml() == first.to_yaml()
     assert type(first.hooks[0] if part.family is Hook else getattr(first, SECTIONS[part.family])) is part
-
-
-# Objectives. Times over the whole range that training draws, and three pictures at each.
-
-TIMES = torch.cat([torch.tensor([0.0, LARGEST_T]), torch.linspace(0.001, 0.999, 62)])
-
-
-def objective_variants() -> list[Any]:
-    """Each kind as it stands, and the diffusion kinds under every schedule."""
-    variants = []
-    for kind, part in Objective.kinds().items():
-        variants.append(pytest.param(part, {}, id=kind))
-        if issubclass(part, DiffusionObjective):
-            for schedule in ("linear", "cosine"):
-                variants.append(pytest.param(part, {"schedule": schedule}, id=f"{kind}-{schedule}"))
-            if kind != "epsilon":
-                variants.append(pytest.param(part, {"zero_terminal_snr": True}, id=f"{kind}-zero_terminal_snr"))
-    return variants
-
-
-every_objective = pytest.mark.parametrize("part, values", objective_variants())
-
-
-def latents(seed: int, times: torch.Tensor = TIMES, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(len(times), 4, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-@every_objective
-def test_an_objective_recovers_the_data_from_the_noisy_data_and_the_target(
-    part: type[Objective], values: dict[str, Any], make: Make
-):
-    objective, x0, eps = make(part, **values), latents(0), latents(1)
-    x_t, target = objective.corrupt(x0, eps, TIMES)
-    assert x_t.shape == target.shape == x0.shape
-    # An error of the target, its rounding included, is 1 / sqrt(x0_factor) times as large in x0.
-    well_posed = objective.x0_factor(TIMES) > 1e-3
-    assert well_posed.sum() > len(TIMES) / 2
-    found = objective.x0(x_t, target, TIMES)
-    torch.testing.assert_close(found[well_posed], x0[well_posed], rtol=0, atol=1e-4)
-
-
-@every_objective
-def test_an_objective_mixes_in_noise_by_its_alpha_and_sigma(part: type[Objective], values: dict[str, Any], make: Make):
-    objective, x0, eps = make(part, **values), latents(0), latents(1)
-    alpha, sigma = objective.alpha_sigma(TIMES)
-    x_t, _ = objective.corrupt(x0, eps, TIMES)
-    expected = [a * x + s * e for a, s, x, e in zip(alpha, sigma, x0, eps, strict=True)]
-    torch.testing.assert_close(x_t, torch.stack(expected), rtol=1e-6, atol=1e-6)
-    assert (alpha >= 0).all()
-    assert (sigma >= 0).all()
-    torch.testing.assert_close(objective.snr(TIMES), alpha**2 / sigma**2)
-
-
-@every_objective
-def test_a_path_keeps_the_variance_or_is_straight(part: type[Objective], values: dict[str, Any], make: Make):
-    alpha, sigma = make(part, **values).alpha_sigma(TIMES)
-    keeps_variance = torch.allclose(alpha**2 + sigma**2, torch.ones(len(TIMES)), atol=1e-6)
-    straight = torch.allclose(alpha + sigma, torch.ones(len(TIMES)), atol=1e-6)
-    assert keeps_variance if issubclass(part, DiffusionObjective) else straight or keeps_variance
-    if part.kind == "flow":
-        assert straight
-
-
-@every_objective
-def test_the_loss_of_an_objective_is_per_sample_and_zero_at_the_target(
-    part: type[Objective], values: dict[str, Any], make: Make
-):
-    objective = make(part, **values)
-    _, target = objective.corrupt(latents(0), latents(1), TIMES)
-    assert torch.equal(objective.loss(target, target), torch.zeros(len(TIMES)))
-    pred = target.clone()
-    pred[3] += 1
-    loss = objective.loss(pred.bfloat16().float(), target.bfloat16().float())
-    assert loss.shape == (len(TIMES),)
-    assert loss.dtype == torch.float32
-    assert loss.nonzero().tolist() == [[3]]
-    single = objective.loss(pred[3:4], target[3:4])
-    torch.testing.assert_close(objective.loss(pred, target)[3:4], single)
-
-
-@every_objective
-def test_x0_factor_is_the_loss_over_the_loss_of_the_data_that_it_means(
-    part: type[Objective], values: dict[str, Any], make: Make
-):
-    times = torch.linspace(0.02, 0.9, 40)
-    objective = make(part, **values)
-    x0, eps, wrong = (latents(seed, times, torch.float64) for seed in range(3))
-    x_t, target = objective.corrupt(x0, eps, times)
-    pred = target + wrong
-    of_x0 = objective.loss(objective.x0(x_t, pred, times), objective.x0(x_t, target, times))
-    torch.testing.assert_close(objective.x0_factor(times), objective.loss(pred, target) / of_x0, rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("law", kinds(Weighting))
-@every_objective
-def test_every_weight_of_every_objective_is_finite_and_not_negative(
-    part: type[Objective], values: dict[str, Any], law: type[Weighting], make: Make
-):
-    objective = make(part, **values)
-    weight = make(law).weight(objective.snr(TIMES), objective.x0_factor(TIMES))
-    assert weight.shape == (len(TIMES),)
-    assert torch.isfinite(weight).all()
-    assert (weight >= 0).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "published"),
-    [
-        ("epsilon", lambda snr, gamma: snr.clamp(max=gamma) / snr),
-        ("v_prediction", lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1)),
-        ("sample", lambda snr, gamma: snr.clamp(max=gamma)),
-    ],
-)
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_the_published_form_of_each_objective(kind: str, published: Any, gamma: float):
-    objective, weighting = Objective.parse({"kind": kind}), Weighting.parse({"kind": "min_snr", "gamma": gamma})
-    snr = objective.snr(TIMES)
-    assert snr.min() < 1 < 5 < snr.max()
-    torch.testing.assert_close(weighting.weight(snr, objective.x0_factor(TIMES)), published(snr, gamma))
-
-
-def test_uniform_weighting_leaves_the_loss_as_it_is():
-    snr = torch.tensor([0.0, 1.0, math.inf])
-    assert torch.equal(Weighting.parse({"kind": "uniform"}).weight(snr, snr), torch.ones(3))
 
 
 # Timestep laws
@@ -509,118 +338,3 @@ def test_a_family_counts_the_captions_it_cuts(part: type[ModelFamily], make: Mak
 
 def test_every_kind_of_hook_is_for_the_main_rank_or_for_all():
     assert all(issubclass(part, (MainHook, CollectiveHook)) for part in Hook.kinds().values())
-
-
-# Plug-ins: a module beside the config, in a process of its own, since a kind once defined stays.
-
-PLUGIN = '''
-from trainer.hook import MainHook
-from trainer.objectives.base import Objective
-from trainer.weighting import Weighting
-
-
-class Shifted(Objective):
-    """A straight path whose target is the noise."""
-
-    kind = "shifted"
-
-    def alpha_sigma(self, t):
-        return 1 - t, t
-
-    def model_time(self, t):
-        return 1000 * t
-
-    def target(self, x0, eps, t):
-        return eps
-
-    def x0(self, x_t, pred, t):
-        return (x_t - t.view(-1, 1, 1, 1) * pred) / (1 - t).view(-1, 1, 1, 1)
-
-    def x0_factor(self, t):
-        return ((1 - t) / t).square()
-
-
-class Halves(Weighting):
-    """Half of everything."""
-
-    kind = "halves"
-
-    share: float = 0.5
-
-    def weight(self, snr, x0_factor):
-        return self.share * snr.new_ones(snr.shape)
-
-
-class Diary(MainHook):
-    """Writes the step of every line."""
-
-    kind = "diary"
-
-    name: str = "diary.txt"
-
-    def on_metrics(self, view, lines):
-        with open(view.folder / self.name, "a") as file:
-            file.writelines(f"{line['step']}\\n" for line in lines)
-'''
-
-PLUGGED = """
-plugins: [my_losses]
-model: {kind: tiny}
-data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 16}
-train: {max_steps: 3, global_batch_size: 2, log_every: 1}
-objective: {kind: shifted}
-weighting: {kind: halves, share: 0.25}
-lr: {peak: 1e-4}
-hooks: [{kind: diary, name: seen.txt}]
-"""
-
-
-def difftrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_a_module_beside_the_config_adds_an_objective_a_weighting_and_a_hook(
-    tmp_path: Path, write_config: Callable[[str], Path]
-):
-    (tmp_path / "my_losses.py").write_text(PLUGIN)
-    done = difftrain(tmp_path, "train", "--config", str(write_config(PLUGGED)), "--output-dir", "run")
-    assert done.returncode == 0, done.stderr
-    assert "shifted, halves weighting" in done.stdout
-    assert (tmp_path / "run" / "seen.txt").read_text().split() == ["1", "2", "3"]
-    resolved = (tmp_path / "run" / "config.resolved.yaml").read_text()
-    assert "my_losses" in resolved
-    assert "share: 0.25" in resolved
-    assert "name: seen.txt" in resolved
-    again = difftrain(tmp_path, "validate", "--config", "run/config.resolved.yaml", "--output-dir", "other")
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "other" / "config.resolved.yaml").read_text() == resolved.replace(
-        "output_dir: run", "output_dir: other"
-    )
-
-
-def test_a_kind_that_exists_already_is_refused(tmp_path: Path, write_config: Callable[[str], Path]):
-    (tmp_path / "my_losses.py").write_text(PLUGIN.replace('"shifted"', '"epsilon"'))
-    done = difftrain(
-        tmp_path,
-        "validate",
-        "--config",
-        str(write_config(PLUGGED.replace("shifted", "epsilon"))),
-        "--output-dir",
-        "run",
-    )
-    assert done.returncode == 2
-    assert "objective kind 'epsilon' is defined twice" in done.stderr
-    assert "my_losses" in done.stderr
-    assert "trainer.objectives.epsilon" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_plugin_that_is_not_there_is_refused_with_its_line(tmp_path: Path, write_config: Callable[[str], Path]):
-    config = write_config(PLUGGED)
-    done = difftrain(tmp_path, "validate", "--config", str(config), "--output-dir", "run")
-    assert done.returncode == 2
-    assert "my_losses" in done.stderr
-    assert f"{config}:2" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and args.resume != "none":
         raise UserError("--dry-run does the first step of a new run", fix="leave --resume out")
     checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
-    gc.disable()  # imports make a million objects that stay; looking for garbage among them is a third of the start-up
+    share_cores()
+    gc.disable()  # imports make 650,000 objects that stay; looking for garbage among them is a third of the start-up
     try:
         if args.dry_run:
             from trainer.dry_run import dry_run
@@ -105,3 +106,13 @@ def refuse_a_lonely_launch() -> None:
             "the launch command",
             "accelerate launch --config_file accelerate_configs/cpu.yaml starts two, or use torchrun",
         )
+
+
+def share_cores() -> None:
+    """Let torch's CPU threads sleep soon when they wait for each other; call it before torch is imported.
+
+    By default they spin for milliseconds. Alone on the machine that costs nothing, but as soon as anything else wants a
+    core, each spins through the time slice that the other one needs (docs/performance.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
