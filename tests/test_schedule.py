@@ -95,7 +95,7 @@ class Network:
     def __init__(self, answer: Answer, guided: Callable[[Tensor], Tensor] = lambda cond: torch.zeros(())):
         self.answer, self.guided = answer, guided
         self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.latents = torch.empty(0)
+        self.latents = torch.empty(0, 3, 8, 8)
 
     def latent_shape(self, vae: Any, image_size: int) -> tuple[int, int, int]:
         return 3, image_size, image_size
@@ -112,7 +112,7 @@ class Network:
         return answer
 
     def decode(self, x0: Tensor) -> Tensor:
-        self.latents = x0
+        self.latents = torch.cat([self.latents, x0])
         return x0.clamp(-1, 1)
 
 
@@ -202,6 +202,7 @@ def test_guidance_of_one_asks_the_network_once():
 def test_a_picture_depends_on_its_seed_and_place_alone():
     alone, both = Network(wavy), Network(wavy)
     draw(alone, objective("flow"), steps=3, prompts=["a"])
-    draw(both, objective("flow"), steps=3, prompts=["a", "b"])
+    draw(both, objective("flow"), steps=3, prompts=list("abcdef"))  # more than are drawn at once
+    assert len(both.latents) == 6
     assert torch.equal(alone.latents[0], both.latents[0])
     assert not torch.equal(both.latents[0], both.latents[1])

@@ -32,29 +32,36 @@ if TYPE_CHECKING:
 def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
     """Train to the last step; raises the RunEnd of every other ending."""
     config = checked.config
-    started = time.monotonic()
     runtime = Runtime(config.train.precision, config.train.deterministic)
     say = print if runtime.is_main else silent
     stop = StopRequest()
     try:
         start = runtime.from_main(lambda: _start(checked, run_dir, resume, allowed, say))
-        for line in checked.equations():
-            say(line)
-        if idle := runtime.idle_gpus():
-            say(f"note   {idle} GPUs here stay idle; accelerate launch --multi_gpu trainer/train.py uses them")
-        training = assemble(checked, runtime, run_dir, start)
-        for line in describe(training):
-            say(line)
-        first = training.state.step
-        runtime.from_main(lambda: _prepare_folder(run_dir, start, say))
-        hooks = standard_hooks(checked, training, start)
-        gc.freeze()  # what exists by now stays; `train` switched the collector off for the start-up
-        gc.enable()
-        loop.run(training, hooks, stop, say)
-        _last_word(training, first, time.monotonic() - started, say)
+        _train(checked, runtime, run_dir, start, stop, say)
+        runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     finally:
         stop.close()
         runtime.close()
+
+
+def _train(
+    checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, stop: StopRequest, say: loop.Say
+) -> None:
+    """Everything that holds a wrapped model: gone when this returns, before the process group is."""
+    started = time.monotonic()
+    for line in checked.equations():
+        say(line)
+    if idle := runtime.idle_gpus():
+        say(f"note   {idle} GPUs here stay idle; accelerate launch --multi_gpu trainer/train.py uses them")
+    training = assemble(checked, runtime, run_dir, start)
+    for line in describe(training):
+        say(line)
+    first = training.state.step
+    runtime.from_main(lambda: _prepare_folder(run_dir, start, say))
+    hooks = standard_hooks(checked, training, start)
+    gc.enable()  # `train` switched it off for the start-up
+    loop.run(training, hooks, stop, say)
+    _last_word(training, first, time.monotonic() - started, say)
 
 
 def _start(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say) -> Found | None:

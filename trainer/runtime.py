@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -176,6 +177,8 @@ class Runtime:
         """Leave the process group, so that another run can start in this process."""
         from accelerate.state import AcceleratorState
 
+        gc.collect()  # a wrapped model that outlived its process group would end the process with an abort
+        self._host_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)

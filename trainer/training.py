@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,9 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         if family.train_text_encoder:
             components.text_encoder.gradient_checkpointing_enable()
     vae = OnlineVae(components.vae.to(device), family.vae_precision)
+    # All imports are done: what they made stays, and need not be searched for garbage. The wrapped model is not part of
+    # it: it has to be gone before its process group is.
+    gc.freeze()
     model = runtime.prepare(Denoiser(family, components).train())
     state = TrainState(modules, config.optimizer.build(_trainable(modules)), None, runtime.scaler)
     if config.ema is not None:
