@@ -53,7 +53,7 @@ class Runtime:
         self.precision: Precision = precision
         self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         self._check(deterministic)
-        # Flags, barriers and gathered objects live on the host: waiting for them never waits for the GPU's queue.
+        # Flags and gathered objects live on the host: waiting for them never waits for the GPU's queue.
         self._host_group = _host_group() if self.world_size > 1 else None
 
     def _check(self, deterministic: bool) -> None:

@@ -43,7 +43,6 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
-    data_fingerprint: str
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[Batch]:
         """This rank's micro batches from `first_step` on."""
@@ -107,7 +106,6 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
             seed=train.seed,
         ),
         held_out=held_out,
-        data_fingerprint=checked.data_fingerprint,
     )
 
 

@@ -17,7 +17,6 @@ class Progress(MainHook):
 
     _seconds: deque[float] = PrivateAttr(default_factory=lambda: deque(maxlen=200))
     _bar: Any = PrivateAttr(None)
-    _facts: str = PrivateAttr("")
 
     def due(self, step: int, last: bool) -> bool:
         return self._bar is not None
@@ -30,8 +29,6 @@ class Progress(MainHook):
             self._bar = tqdm(total=view.max_steps, initial=view.step, bar_format=layout, file=sys.stdout)
 
     def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
-        if not lines:
-            return
         self._seconds.extend(line["timing"]["step_seconds"] for line in lines)
         newest, timing = lines[-1], lines[-1]["timing"]
         waited = sum(line["timing"]["data_wait_seconds"] for line in lines)
