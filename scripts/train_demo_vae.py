@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from trainer.data.sources.shapes import BACKGROUNDS, COLOURS, Combination, ShapeRecords, draw, place
+from trainer.data.sources.shapes import BACKGROUNDS, COLOURS, ShapeRecords, coverage, place
 from trainer.rng import draw_seed
 
 IMAGE_SIZE = 64
@@ -43,10 +43,8 @@ def shape_masks(num_images: int, seed: int) -> Tensor:
     records, masks = ShapeRecords(num_images, IMAGE_SIZE, seed=seed), []
     for index in range(num_images):
         combination = records.combination(index)
-        ink = Combination(combination.size, "yellow", combination.shape, "black")  # whose red is the mask itself
-        assert (COLOURS["yellow"][0], BACKGROUNDS["black"][0]) == (255, 0), "a mask needs ink of full red on none"
-        red = draw(ink, IMAGE_SIZE, place(combination, seed, index)).getchannel("R")
-        masks.append(torch.frombuffer(bytearray(red.tobytes()), dtype=torch.uint8))
+        mask = coverage(combination.shape, IMAGE_SIZE, place(combination, seed, index))
+        masks.append(torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8))
     return torch.stack(masks).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
 

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rng", "schedule"),  # what maths and data both draw from
     ("ema", "hook", "lr", "objectives", "optimizers", "timesteps", "weighting"),  # the parts without data or networks
     ("data",),  # knows no network
-    ("denoiser", "grid", "latents", "models", "sampler"),  # knows no run
+    ("adherence", "denoiser", "grid", "latent_cache", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
     ("checkpoint", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run, in memory

@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import pickle
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,17 @@ FAMILIES = {family.__name__: family for family in Part.__subclasses__()}
 
 def test_every_family_of_the_config_is_known_to_these_tests():
     assert set(FAMILIES) == {
-        *("ModelFamily", "Source", "Objective", "Weighting", "TimestepLaw", "OptimizerSpec", "LrLaw", "Hook")
+        *(
+            "ModelFamily",
+            "Source",
+            "Objective",
+            "Weighting",
+            "TimestepLaw",
+            "OptimizerSpec",
+            "LrLaw",
+            "LatentCache",
+            "Hook",
+        )
     }
     for family in FAMILIES.values():
         assert family is Hook or family.kinds(), f"{family.__name__} has no kind"
@@ -52,9 +63,10 @@ def test_every_kind_says_what_it_is(part: type[Part]):
 
 
 SECTIONS = {
-    field.annotation: name
+    option: name
     for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Part)
+    for option in (field.annotation, *typing.get_args(field.annotation))
+    if isinstance(option, type) and issubclass(option, Part)
 }
 BASE = {
     "model": {"kind": "tiny"},

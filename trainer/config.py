@@ -10,6 +10,7 @@ from pydantic import Field
 from trainer.data.record import Source
 from trainer.ema import EmaSpec
 from trainer.hook import Hook
+from trainer.latent_cache import LatentCache
 from trainer.lr import LrLaw
 from trainer.models.base import ModelFamily
 from trainer.objectives.base import Objective
@@ -92,6 +93,7 @@ class Config(Section):
     optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec.parse({}))
     lr: LrLaw
     ema: EmaSpec | None = None
+    cache: LatentCache | None = None
     validation: ValidationSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     hooks: tuple[Hook, ...] = Field(

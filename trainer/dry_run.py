@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from trainer.launch import describe, silent
+from trainer.launch import describe
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -18,7 +18,7 @@ def dry_run(checked: Preflight) -> None:
     """Do one real step and print what it took, part by part; nothing is written."""
     config = checked.config
     runtime = Runtime(config.train.precision, config.train.deterministic)
-    say = print if runtime.is_main else silent
+    say = runtime.say
     try:
         for line in checked.equations():
             say(line)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.registry import Part
 
 if TYPE_CHECKING:
+    from trainer.config import Config
     from trainer.training import Training
 
 
@@ -28,6 +29,9 @@ class RunView:
 
 class Hook(Part, home="trainer.hooks"):
     """Something that happens around the steps."""
+
+    def check(self, config: Config) -> None:
+        """Raise UserError if this hook cannot do its work in a run of `config`: before anything slow."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether this hook acts after optimizer step `step` (1-based); `last` if this process ends after it."""

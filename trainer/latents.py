@@ -33,17 +33,24 @@ class OnlineVae:
         self.scale = vae.config["scaling_factor"]
         self.shift = vae.config.get("shift_factor") or 0.0
 
-    @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
+        assert batch.pixels is not None, "a batch without pictures is for CachedLatents"
         return self.encode(batch.pixels, batch.posterior_eps)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor, posterior_eps: Tensor) -> Tensor:
         """A sample of the posterior, [B, C, h, w] float32, from pixels [B, 3, H, W] and its noise [B, C, h, w]."""
+        return self.sample(*self.posterior(pixels), posterior_eps)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what pixels [B, 3, H, W] may mean, each [B, C, h, w] float32, unscaled."""
         with self._own_precision(pixels):
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist  # pyright: ignore
-        x0 = posterior.mean.float() + posterior.std.float() * posterior_eps
-        return (x0 - self.shift) * self.scale
+        return posterior.mean.float(), posterior.std.float()
+
+    def sample(self, mean: Tensor, std: Tensor, posterior_eps: Tensor) -> Tensor:
+        """x0 [B, C, h, w], of about unit variance: the posterior at its noise [B, C, h, w]."""
+        return (mean + std * posterior_eps - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -55,3 +62,14 @@ class OnlineVae:
 
     def _own_precision(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(like.device.type, enabled=False)
+
+
+class CachedLatents:
+    """Samples the posteriors that come with a batch from a cache."""
+
+    def __init__(self, vae: OnlineVae):
+        self.vae = vae
+
+    def latents(self, batch: Batch) -> Tensor:
+        assert batch.moments is not None, "a batch of pictures is for OnlineVae"
+        return self.vae.sample(batch.moments[:, 0], batch.moments[:, 1], batch.posterior_eps)

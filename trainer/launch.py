@@ -33,22 +33,19 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
     """Train to the last step; raises the RunEnd of every other ending."""
     config = checked.config
     runtime = Runtime(config.train.precision, config.train.deterministic)
-    say = print if runtime.is_main else silent
     stop = StopRequest()
     try:
-        start = runtime.from_main(lambda: _start(checked, run_dir, resume, allowed, say))
-        _train(checked, runtime, run_dir, start, stop, say)
+        start = runtime.from_main(lambda: _start(checked, run_dir, resume, allowed, runtime.say))
+        _train(checked, runtime, run_dir, start, stop)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     finally:
         stop.close()
         runtime.close()
 
 
-def _train(
-    checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, stop: StopRequest, say: loop.Say
-) -> None:
+def _train(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, stop: StopRequest) -> None:
     """Everything that holds a wrapped model: gone when this returns, before the process group is."""
-    started = time.monotonic()
+    started, say = time.monotonic(), runtime.say
     for line in checked.equations():
         say(line)
     if idle := runtime.idle_gpus():
@@ -181,7 +178,3 @@ def resume_command(training: Training) -> str:
     if training.runtime.local_world_size != ranks:
         program = "the launch command of this job with"
     return f"{program} --config {resolved} --resume auto"
-
-
-def silent(line: str) -> None:
-    """The other ranks' voice."""

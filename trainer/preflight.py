@@ -84,6 +84,10 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
     except ValueError as error:
         raise UserError(f"config: {error}", loaded.where("train.global_batch_size")) from None
     config.model.check()
+    if config.cache is not None:
+        config.cache.check(config.data)
+    for hook in config.hooks:
+        hook.check(config)
     records = config.data.open()
     training, held_out = split(records, config.data.validation_fraction)
     return Preflight(loaded, records, training, held_out, topology, config.model.provenance(), records.fingerprint())

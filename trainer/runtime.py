@@ -81,6 +81,11 @@ class Runtime:
         """True on rank 0."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Print a line for people, from rank 0 alone."""
+        if self.is_main:
+            print(line, flush=True)
+
     def idle_gpus(self) -> int:
         """GPUs of this machine that no rank of this run uses."""
         return max(0, torch.cuda.device_count() - self.local_world_size) if self.device.type == "cuda" else 0

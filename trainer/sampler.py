@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from trainer.objectives.base import Objective
 
 
-AT_ONCE = 4  # pictures: guidance doubles them, and a training run leaves little memory
-
-
 @dataclass(frozen=True)
 class Sampler:
     """Draws pictures with the weights that `components` hold now."""
@@ -34,12 +31,13 @@ class Sampler:
     image_size: int
     steps: int
     guidance: float
+    at_once: int = 4  # pictures: guidance doubles them, and a training run leaves little memory
 
     def draw(self, prompts: Sequence[str], seed: int, places: Sequence[int]) -> list[Image]:
         """One picture per prompt. Picture i depends on (seed, places[i]) and its prompt, not on its neighbours."""
         pictures: list[Image] = []
-        for start in range(0, len(prompts), AT_ONCE):
-            chunk = slice(start, start + AT_ONCE)
+        for start in range(0, len(prompts), self.at_once):
+            chunk = slice(start, start + self.at_once)
             pictures += self._draw(prompts[chunk], seed, places[chunk])
         return pictures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
 from trainer.ema import Ema
 from trainer.errors import UserError
-from trainer.latents import LatentSource, OnlineVae
+from trainer.latents import CachedLatents, LatentSource, OnlineVae
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
+from trainer.sampler import Sampler
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -49,14 +51,25 @@ class Training:
         schedule = SlotSchedule(self.topology, first_step, max_steps)
         return load_batches(self.samples, schedule, pin_memory=self.runtime.device.type == "cuda")
 
+    def sampler(self, steps: int, guidance: float) -> Sampler:
+        """Draws pictures with the weights of the moment, at `steps` network evaluations each."""
+        config, parts = self.config, self.components
+        return Sampler(config.model, parts, config.objective, self.vae, config.data.image_size, steps, guidance)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the networks hold the averaged weights, in eval mode and the run's precision."""
+        self.model.eval()
+        with self.state.averaged(), self.runtime.autocast():
+            yield
+        self.model.train()
+
 
 def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None) -> Training:
     """The run, ready for its next step; raises UserError if weights cannot be loaded or do not fit."""
     config, family, device = checked.config, checked.config.model, runtime.device
-    components = family.load(config.train.seed)
+    components = first_components(config) if start is None else family.load(config.train.seed)
     modules = family.trainable(components)
-    if family.init_from is not None and start is None:
-        load_weights(modules, *named_run(family.init_from))
     if config.train.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         if family.train_text_encoder:
@@ -89,6 +102,16 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
             global_batch=len(chosen),
             seed=validation.seed,
         )
+    trained = samples(
+        source=config.data,
+        plan=BatchPlan(checked.training_indices, train.seed),
+        global_batch=train.global_batch_size,
+        seed=train.seed,
+    )
+    if config.cache is not None:
+        trained.moments = config.cache.moments(
+            trained, vae, device, runtime.rank, runtime.world_size, runtime.gather, runtime.say
+        )
     return Training(
         config=config,
         runtime=runtime,
@@ -97,16 +120,20 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         components=components,
         model=model,
         vae=vae,
-        latent_source=vae,
+        latent_source=CachedLatents(vae) if config.cache is not None else vae,
         state=state,
-        samples=samples(
-            source=config.data,
-            plan=BatchPlan(checked.training_indices, train.seed),
-            global_batch=train.global_batch_size,
-            seed=train.seed,
-        ),
+        samples=trained,
         held_out=held_out,
     )
+
+
+def first_components(config: Config) -> Components:
+    """The networks before the first step: the model's own weights, or those of the run it starts from."""
+    family = config.model
+    components = family.load(config.train.seed)
+    if family.init_from is not None:
+        load_weights(family.trainable(components), *named_run(family.init_from))
+    return components
 
 
 def load_weights(modules: dict[str, nn.Module], run_dir: RunDir, step: int | None, averaged: bool = True) -> int:

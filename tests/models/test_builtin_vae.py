@@ -33,7 +33,7 @@ def test_pictures_of_shapes_come_back_from_the_builtin_vae(pixels):
 
 
 def test_the_unet_is_made_to_fit_the_builtin_vae():
-    family = Tiny(vae="builtin", unet_width=64)
+    family = Tiny(vae="builtin", unet_channels=(64, 80))
     components = family.load(seed=0)
     assert components.unet.config["in_channels"] == components.unet.config["out_channels"] == 8
     assert family.latent_shape(components.vae, 64) == (8, 8, 8)

@@ -316,7 +316,7 @@ def test_a_config_field_that_is_newer_than_the_checkpoint_does_not_stop_a_resume
     run = tmp_path / "run"
     assert train(config, run, "--set", "train.max_steps=2") == 0
     content = checkpoint(run, 2)
-    del content["config"]["model"]["unet_width"], content["config"]["train"]["max_bad_steps"]
+    del content["config"]["model"]["unet_head_width"], content["config"]["train"]["max_bad_steps"]
     torch.save(content, run / "checkpoint-2.pt")
     sidecar = json.loads((run / "checkpoint-2.json").read_text())
     data = (run / "checkpoint-2.pt").read_bytes()

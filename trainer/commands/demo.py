@@ -11,7 +11,12 @@ from trainer.run.rundir import RunDir
 
 EXAMPLE = "difftrain demo --quick"
 CONFIG = Path(__file__).resolve().parent.parent.parent / "configs" / "demo.yaml"
-QUICK = ["train.max_steps=150", "validation.every_steps=150", "lr.warmup_steps=20"]
+QUICK = [
+    "train.max_steps=150",
+    "validation.every_steps=150",
+    "lr.warmup_steps=20",
+    "hooks=[{kind: adherence, prompts: 24, sampler_steps: 10}]",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, then print where the sample grid is: 0."""
+    """Train, then print where the sample grid and the adherence report are: 0."""
     if not CONFIG.is_file():
         raise UserError("the demo's config is not here", str(CONFIG), "run the demo from a checkout: pip install -e .")
     output_dir = args.output_dir or str(new_folder(Path("runs"), "demo"))
@@ -36,10 +41,14 @@ def run(args: argparse.Namespace) -> int:
     options = parser.parse_args(["--config", str(CONFIG), "--output-dir", output_dir])
     options.overrides = overrides
     code = train.run(options)
-    grids = sorted(RunDir(output_dir).samples.glob("step-*.png"))
-    if grids:
-        print(f"first samples: {grids[0]}")
-        print(f"final samples: {grids[-1]}")
+    folder = RunDir(output_dir)
+    for name, path in {
+        "sample grid": folder.first_and_last,
+        "every validation": folder.progress,
+        "adherence": folder.adherence,
+    }.items():
+        if path.is_file():
+            print(f"{name + ':':18}{path}")
     return code
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ class Batch:
     keys: list[str]
     captions: list[str]
     captions_cut: int  # captions too long for the text encoder
-    pixels: Tensor  # [B, 3, H, W] float32 in [-1, 1]
+    pixels: Tensor | None  # [B, 3, H, W] float32 in [-1, 1]; None if the latents come from a cache
+    moments: Tensor | None  # [B, 2, C, h, w] float32 from the cache: mean and standard deviation of the posterior
     tokens: Tensor  # [B, chunks, 77] int64
     t: Tensor  # [B] float32 in [0, 1)
     eps: Tensor  # [B, C, h, w] standard normal: the noise
@@ -62,9 +63,11 @@ class Samples(torch.utils.data.Dataset[Any]):
         latent_shape: tuple[int, int, int],
         global_batch: int,
         seed: int,
+        moments: Tensor | None = None,
     ):
         self.source, self.records, self.plan, self.timesteps = source, records, plan, timesteps
         self.tokenize, self.latent_shape, self.global_batch, self.seed = tokenize, latent_shape, global_batch, seed
+        self.moments = moments  # [N, 2, C, h, w] of all records, if they are encoded already
 
     def __getitem__(self, slots: Sequence[int]) -> Batch | UserError:
         # Returned, not raised: a DataLoader turns a worker's exception into another one with a traceback in its text.
@@ -83,7 +86,8 @@ class Samples(torch.utils.data.Dataset[Any]):
             keys=[self.records[index].key for index in indices],
             captions=captions,
             captions_cut=cut,
-            pixels=torch.stack([self.pixels(slot, index) for slot, index in zip(slots, indices, strict=True)]),
+            pixels=None if self.moments is not None else torch.stack(list(map(self.pixels, slots, indices))),
+            moments=None if self.moments is None else self.moments[indices],
             tokens=tokens,
             t=torch.tensor(self.timesteps.draw(self.seed, slots, self.global_batch), dtype=torch.float32),
             eps=normal(self.seed, "noise", slots, self.latent_shape),
@@ -117,23 +121,50 @@ class SlotSchedule(torch.utils.data.Sampler[list[int]]):
             yield from self.topology.slots(step)
 
 
+class Pictures(torch.utils.data.Dataset[Any]):
+    """The pictures of any list of records, for a cache: of a source whose crop and flip do not depend on the slot."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor | UserError:
+        try:
+            return torch.stack([self.samples.pixels(0, index) for index in indices])
+        except UserError as error:
+            return error
+
+
 def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> Iterator[Batch]:
-    """The micro batches of `schedule`, in order, read ahead by workers; raises the UserError of any of them."""
-    workers = samples.source.num_workers
+    """The micro batches of `schedule`, in order; raises the UserError of any of them."""
+    ahead = 2 * schedule.topology.accumulation
+    return read_ahead(samples, schedule, samples.source.num_workers, ahead, pin_memory)
+
+
+def read_ahead(
+    dataset: torch.utils.data.Dataset[Any],
+    order: Iterable[Sequence[int]],
+    workers: int,
+    ahead: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """What `dataset` has for each of `order`, in order; each worker is up to `ahead` of them in front.
+
+    Raises the UserError that the data set returned in place of any of them.
+    """
     loader = torch.utils.data.DataLoader(
-        samples,
-        sampler=schedule,
+        dataset,
+        sampler=order,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=2 * schedule.topology.accumulation if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            batch.of_one_rank = True
-            raise batch
-        yield batch
+    for item in loader:
+        if isinstance(item, UserError):
+            item.of_one_rank = True
+            raise item
+        yield item
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:

@@ -27,8 +27,7 @@ class HeldOutLoss(CollectiveHook):
         micro, count = training.topology.micro_batch, held_out.global_batch
         starts = range(runtime.rank * micro, count, runtime.world_size * micro)
         total = torch.zeros((), device=runtime.device)
-        training.model.eval()
-        with torch.no_grad(), training.state.averaged(), runtime.autocast():
+        with torch.no_grad(), training.evaluating():
             for start in starts:
                 batch = held_out.batch(list(range(start, min(start + micro, count)))).to(runtime.device)
                 x_t, target = objective.corrupt(training.vae.latents(batch), batch.eps, batch.t)
@@ -36,5 +35,4 @@ class HeldOutLoss(CollectiveHook):
                 cond = training.config.model.encode_text(components.text_encoder, batch.tokens)
                 pred = training.config.model.predict(components.unet, x_t, objective.model_time(batch.t), cond)
                 total += objective.loss(pred, target).sum()
-        training.model.train()
         return {"validation_loss": runtime.sum(total).item() / count}

@@ -1,19 +1,23 @@
-"""samples/step-NNNNNN.png: the fixed prompts, drawn with the averaged weights."""
+"""samples/: the fixed prompts, drawn with the averaged weights, one grid a validation, and all of them side by side."""
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 from trainer.hook import CollectiveHook
 from trainer.run.files import write_atomic
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trainer.run.rundir import RunDir
     from trainer.training import Training
+
+PROGRESS_ROWS = 12  # at most: the first, the newest, and others evenly between
 
 
 class SampleGrid(CollectiveHook):
-    """The ranks share the prompts; rank 0 writes the grid. A picture that cannot be written does not end the run."""
+    """The ranks share the prompts; rank 0 writes. A picture that cannot be written does not end the run."""
 
     prompts: tuple[str, ...]
     every_steps: int
@@ -30,35 +34,36 @@ class SampleGrid(CollectiveHook):
             self.after_step(training, last=False)
 
     def after_step(self, training: Training, last: bool) -> None:
-        from trainer.grid import labelled_grid
-        from trainer.sampler import Sampler
-
-        runtime, family = training.runtime, training.config.model
-        sampler = Sampler(
-            family,
-            training.components,
-            training.config.objective,
-            training.vae,
-            training.config.data.image_size,
-            self.sampler_steps,
-            self.guidance,
-        )
+        runtime, sampler = training.runtime, training.sampler(self.sampler_steps, self.guidance)
         mine = range(runtime.rank, len(self.prompts), runtime.world_size)
-        training.model.eval()
-        with training.state.averaged(), runtime.autocast():
+        with training.evaluating():
             pictures = sampler.draw([self.prompts[i] for i in mine], self.seed, mine) if mine else []
-        training.model.train()
         drawn = {i: picture for part in runtime.gather(list(zip(mine, pictures, strict=True))) for i, picture in part}
         if not runtime.is_main:
             return
         weights = "EMA weights" if training.state.ema else "current weights"
         title = f"step {training.state.step} · {weights} · {self.sampler_steps} steps · guidance {self.guidance:g}"
-        grid = labelled_grid([drawn[i] for i in range(len(self.prompts))], self.prompts, title)
-        png = io.BytesIO()
-        grid.save(png, "PNG")
-        path = training.run_dir.sample(training.state.step)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, png.getvalue())
+            self._write(training.run_dir, training.state.step, title, [drawn[i] for i in range(len(self.prompts))])
         except OSError as error:
-            print(f"warning: {path} was not written: {error}", flush=True)
+            print(f"warning: the samples of step {training.state.step} were not written: {error}", flush=True)
+
+    def _write(self, run_dir: RunDir, step: int, title: str, pictures: list[Image]) -> None:
+        """The step's grid, then the sheets over all steps so far, from the files alone: a resume goes on with them."""
+        from trainer.grid import grid_png, labelled_grid, pictures_in, png, progress_sheet
+
+        run_dir.samples.mkdir(parents=True, exist_ok=True)
+        grid = labelled_grid(pictures, self.prompts, title)
+        write_atomic(run_dir.sample(step), grid_png(grid, self.prompts, pictures[0].width))
+        rows = {}
+        for earlier in run_dir.sample_steps():
+            if earlier <= step and (found := pictures_in(run_dir.sample(earlier), self.prompts)):
+                rows[f"step {earlier}"] = found
+        titles = list(rows)
+        some = (
+            titles
+            if len(titles) <= PROGRESS_ROWS
+            else [titles[round(i * (len(titles) - 1) / (PROGRESS_ROWS - 1))] for i in range(PROGRESS_ROWS)]
+        )
+        for path, chosen in ((run_dir.progress, some), (run_dir.first_and_last, {titles[0]: 0, titles[-1]: 0})):
+            write_atomic(path, png(progress_sheet({title: rows[title] for title in chosen}, self.prompts)))

@@ -23,8 +23,8 @@ OPENAI_MERGES = Path(__file__).parent / "sd_configs" / "bpe_simple_vocab_16e6.tx
 Merge = tuple[str, str]
 
 
-def clip_tokenizer(merges: Sequence[Merge], pad_token: str = EOS) -> CLIPTokenizer:
-    """A tokenizer of 514 + len(merges) tokens and 77 places."""
+def clip_tokenizer(merges: Sequence[Merge], pad_token: str = EOS, max_length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """A tokenizer of 514 + len(merges) tokens and `max_length` places."""
     from transformers import CLIPTokenizer
 
     # transformers 5 takes the tables as objects; it ignores `vocab_file` and `merges_file` without a word.
@@ -35,7 +35,7 @@ def clip_tokenizer(merges: Sequence[Merge], pad_token: str = EOS) -> CLIPTokeniz
         bos_token=BOS,
         eos_token=EOS,
         pad_token=pad_token,
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
     )
 
 

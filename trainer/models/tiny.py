@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from trainer.errors import UserError
 from trainer.models.base import Components, Provenance, sha256
-from trainer.models.clip_bpe import clip_tokenizer, merges_for
+from trainer.models.clip_bpe import MAX_LENGTH, clip_tokenizer, merges_for
 from trainer.models.unet_clip import UNetClip
 from trainer.rng import draw_seed
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
-BUILTIN_VAE = Path(__file__).parent / "builtin_vae"
+BUILTIN_VAE = Path(__file__).parent / "builtin_vae"  # docs/demo_vae.md says how it was made
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+TEXT_WIDTH = 64
 
 Network = TypeVar("Network", bound="nn.Module")
 
@@ -57,30 +60,77 @@ class Tiny(UNetClip):
 
     kind = "tiny"
 
-    vae: Literal["random", "builtin"] = Field(
+    vae: str = Field(
         default="random",
-        description="The VAE: random weights made on the spot, whose pictures are noise; or the one that comes with "
-        "the package, trained on the `shapes` source at 64 pixels.",
+        description="`random`: weights made on the spot, whose pictures are noise. `builtin`: the VAE that comes with "
+        "the package, trained on the `shapes` source at 64 pixels. Otherwise a diffusers folder that holds one.",
     )
-    unet_width: int = Field(
-        default=32, ge=32, le=256, multiple_of=32, description="Channels of the UNet at full latent resolution."
+    unet_channels: tuple[int, ...] = Field(
+        default=(32, 40),
+        min_length=1,
+        max_length=4,
+        description="Channels of the UNet at each resolution, from that of the latents down by halves; multiples of 8.",
+    )
+    unet_attention_levels: tuple[int, ...] = Field(
+        default=(0,),
+        description="The resolutions, 0 for that of the latents, that attend to themselves and to the text, as the "
+        "middle always does.",
+    )
+    unet_head_width: int = Field(
+        default=8, ge=8, le=128, description="Channels of an attention head; wider ones are fewer, and faster on a CPU."
+    )
+    prompt_tokens: int = Field(
+        default=MAX_LENGTH,
+        ge=8,
+        le=MAX_LENGTH,
+        description="Tokens of a prompt, start and end included, that the text encoder reads and the UNet attends to; "
+        "captions that need more are cut, and counted.",
     )
 
+    @field_validator("unet_channels")
+    @classmethod
+    def _groups_of_eight(cls, channels: tuple[int, ...]) -> tuple[int, ...]:
+        if wrong := [width for width in channels if not 8 <= width <= 1024 or width % 8]:
+            raise ValueError(f"{wrong[0]} is not a multiple of 8 from 8 to 1024")
+        return channels
+
+    @model_validator(mode="after")
+    def _levels_and_heads_exist(self) -> Self:
+        levels = len(self.unet_channels)
+        if wrong := [level for level in self.unet_attention_levels if not 0 <= level < levels]:
+            raise ValueError(
+                f"unet_attention_levels: {wrong[0]} is none of the {levels} levels, which are counted from 0"
+            )
+        attending = [self.unet_channels[level] for level in (*self.unet_attention_levels, levels - 1)]
+        if wrong := [width for width in attending if width % self.unet_head_width]:
+            raise ValueError(f"unet_head_width: heads of {self.unet_head_width} do not divide {wrong[0]} channels")
+        return self
+
     def check(self) -> None:
-        pass
+        if self.vae == "random":
+            return
+        for name in VAE_FILES:
+            if not (self._vae_folder() / name).is_file():
+                raise UserError(
+                    f"{self.vae!r} is neither `random` nor `builtin`, nor a folder with {' and '.join(VAE_FILES)}",
+                    "model.vae",
+                    "give the folder that `AutoencoderKL.save_pretrained` or scripts/train_demo_vae.py wrote",
+                )
 
     def provenance(self) -> Provenance:
         if self.vae == "random":
             return Provenance(source="tiny")
-        weights = BUILTIN_VAE / "diffusion_pytorch_model.safetensors"
-        return Provenance(source="tiny with the built-in VAE", files={f"vae/{weights.name}": sha256(weights)})
+        name = "the built-in VAE" if self.vae == "builtin" else f"the VAE in {self.vae}"
+        weights = VAE_FILES[1]
+        return Provenance(source=f"tiny with {name}", files={f"vae/{weights}": sha256(self._vae_folder() / weights)})
 
     def load(self, seed: int) -> Components:
-        tokenizer = clip_tokenizer(merges_for(WORDS))
-        vae = builtin_vae() if self.vae == "builtin" else _seeded(seed, "vae", tiny_vae)
+        tokenizer = clip_tokenizer(merges_for(WORDS), max_length=self.prompt_tokens)
+        vae = _seeded(seed, "vae", tiny_vae) if self.vae == "random" else vae_from(self._vae_folder())
+        latent_channels = vae.config["latent_channels"]
         return self.fitting(
             Components(
-                unet=_seeded(seed, "unet", lambda: tiny_unet(self.unet_width, vae.config["latent_channels"])),
+                unet=_seeded(seed, "unet", lambda: self._unet(latent_channels)),
                 vae=vae,
                 text_encoder=_seeded(seed, "text_encoder", lambda: tiny_text_encoder(tokenizer)),
                 tokenizer=tokenizer,
@@ -89,24 +139,29 @@ class Tiny(UNetClip):
             )
         )
 
+    def _vae_folder(self) -> Path:
+        return BUILTIN_VAE if self.vae == "builtin" else Path(self.vae)
 
-def tiny_unet(width: int = 32, latent_channels: int = 4) -> UNet2DConditionModel:
-    """0.46 M parameters (width 32) over two resolutions: latents of any size from 4x4 up, text of width 64."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    def _unet(self, latent_channels: int) -> UNet2DConditionModel:
+        """0.46 M parameters as it stands; latents of any size from 4x4 up, text of width 64."""
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=(width, width * 5 // 4),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        # The number of heads, by an old misnomer of diffusers: each is 8 wide.
-        attention_head_dim=(width // 8, width * 5 // 32),  # pyright: ignore[reportArgumentType]
-        cross_attention_dim=64,
-    )
+        attends = [level in self.unet_attention_levels for level in range(len(self.unet_channels))]
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            block_out_channels=self.unet_channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+            layers_per_block=1,
+            norm_num_groups=8,
+            # The number of heads, by an old misnomer of diffusers.
+            attention_head_dim=tuple(  # pyright: ignore[reportArgumentType]
+                max(1, width // self.unet_head_width) for width in self.unet_channels
+            ),
+            cross_attention_dim=TEXT_WIDTH,
+        )
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -130,12 +185,12 @@ def tiny_vae() -> AutoencoderKL:
     return vae
 
 
-def builtin_vae() -> AutoencoderKL:
-    """The VAE that comes with the package, fp32: 64 px shapes to [8, 8, 8] latents and back (docs/demo_vae.md)."""
+def vae_from(folder: Path = BUILTIN_VAE) -> AutoencoderKL:
+    """The VAE in a diffusers folder, fp32; the built-in one takes 64 px shapes to [8, 8, 8] latents and back."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(BUILTIN_VAE, torch_dtype=torch.float32, use_safetensors=True).eval()
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -145,9 +200,9 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            projection_dim=64,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,

@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.run.files import fsync_folder, sweep_temp_files, temp_path
 
+_SAMPLE = re.compile(r"step-([0-9]{6,})\.png")
 _SIDECAR = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.json")
 
 
@@ -23,7 +24,10 @@ class RunDir:
         self.environment = self.path / "env.json"
         self.manifest = self.path / "run_manifest.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
+        self.progress = self.samples / "progress.png"  # the validation prompts at every step that drew them
+        self.first_and_last = self.samples / "first_and_last.png"
 
     def checkpoint(self, step: int) -> Path:
         """The weights and optimizer state after optimizer step `step`; without its sidecar it does not exist."""
@@ -36,6 +40,11 @@ class RunDir:
     def sample(self, step: int) -> Path:
         """The grid of validation pictures after step `step`; the caller makes the folder."""
         return self.samples / f"step-{step:06d}.png"
+
+    def sample_steps(self) -> list[int]:
+        """The steps that have such a grid, ascending."""
+        names = os.listdir(self.samples) if self.samples.is_dir() else []
+        return sorted(int(match[1]) for name in names if (match := _SAMPLE.fullmatch(name)))
 
     def checkpoint_steps(self) -> list[int]:
         """The steps that have a sidecar, ascending by number; nothing is verified, no clock is read."""

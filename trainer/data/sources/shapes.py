@@ -129,6 +129,15 @@ def place(combination: Combination, seed: int, index: int) -> Place:
 
 def draw(combination: Combination, image_size: int, at: Place) -> Image:
     """The picture, RGB, `image_size` pixels square, with antialiased edges."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (image_size, image_size), BACKGROUNDS[combination.background])
+    picture.paste(COLOURS[combination.colour], mask=coverage(combination.shape, image_size, at))
+    return picture
+
+
+def coverage(shape: str, image_size: int, at: Place) -> Image:
+    """How much of each pixel the shape covers, 8 bits, 255 for all of it."""
     from PIL import Image, ImageDraw
 
     fine = max(1, min(4, 4096 // image_size))  # fine pixels a pixel; beyond 4096 pixels steps no longer show
@@ -136,12 +145,10 @@ def draw(combination: Combination, image_size: int, at: Place) -> Image:
     pen = ImageDraw.Draw(mask)
     c, s = math.cos(math.radians(at.degrees)), math.sin(math.radians(at.degrees))
     scale = fine * image_size
-    for outline, ink in zip(OUTLINES[combination.shape], (255, 0), strict=False):
+    for outline, ink in zip(OUTLINES[shape], (255, 0), strict=False):
         turned = [(at.x + at.radius * (c * x - s * y), at.y + at.radius * (s * x + c * y)) for x, y in outline]
         pen.polygon([(x * scale, y * scale) for x, y in turned], fill=ink)
-    picture = Image.new("RGB", (image_size, image_size), BACKGROUNDS[combination.background])
-    picture.paste(COLOURS[combination.colour], mask=mask.reduce(fine))
-    return picture
+    return mask.reduce(fine)
 
 
 class Shapes(Source):
