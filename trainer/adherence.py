@@ -72,8 +72,8 @@ def chance() -> dict[str, float]:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The shares as percentages, one line a row."""
-    columns = (*WORDS, "all")
-    lines = [f"  {'':24}" + "".join(f"{word:>12}" for word in columns)]
+    columns, width = (*WORDS, "all"), max(map(len, rows))
+    lines = [f"  {'':{width}}" + "".join(f"{word:>12}" for word in columns)]
     for name, shares in rows.items():
-        lines.append(f"  {name:24}" + "".join(f"{shares[word]:>12.1%}" for word in columns))
+        lines.append(f"  {name:{width}}" + "".join(f"{shares[word]:>12.1%}" for word in columns))
     return "\n".join(lines)

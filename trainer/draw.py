@@ -32,14 +32,7 @@ def draw(
 
     Raises UserError as loading does.
     """
-    runtime = Runtime("fp32" if config.train.precision == "fp16" else config.train.precision, deterministic=False)
-    components = config.model.load(config.train.seed)
-    modules = config.model.trainable(components)
-    step = load_weights(modules, RunDir(run), checkpoint, averaged)
-    for network in (components.unet, components.text_encoder, components.vae):
-        network.to(runtime.device).eval()
-    vae = OnlineVae(components.vae, config.model.vae_precision)
-    sampler = Sampler(config.model, components, config.objective, vae, config.data.image_size, steps, guidance)
+    step, sampler, runtime = sampler_of(config, run, checkpoint, steps, guidance, averaged)
     with runtime.autocast():
         pictures = sampler.draw(prompts, seed, range(len(prompts)))
     if len(pictures) == 1:
@@ -47,3 +40,18 @@ def draw(
     weights = "EMA" if averaged and config.ema else "current"
     title = f"step {step} · {weights} weights · {steps} steps · guidance {guidance:g} · seed {seed}"
     return step, labelled_grid(pictures, prompts, title)
+
+
+def sampler_of(
+    config: Config, run: Path, checkpoint: int | None, steps: int, guidance: float, averaged: bool
+) -> tuple[int, Sampler, Runtime]:
+    """The step of a run's weights, a sampler with them on this machine's device, and the runtime to call it under."""
+    runtime = Runtime("fp32" if config.train.precision == "fp16" else config.train.precision, deterministic=False)
+    components = config.model.load(config.train.seed)
+    modules = config.model.trainable(components)
+    step = load_weights(modules, RunDir(run), checkpoint, averaged)
+    for network in (components.unet, components.text_encoder, components.vae):
+        network.to(runtime.device).eval()
+    vae = OnlineVae(components.vae, config.model.vae_precision)
+    size = config.data.image_size
+    return step, Sampler(config.model, components, config.objective, vae, size, steps, guidance), runtime
