@@ -51,3 +51,12 @@ def test_startup_times_every_command_and_the_way_to_the_first_step(tmp_path):
     assert sum(train.values()) == pytest.approx(wall)
     assert min(train.values()) > 0
     assert result["imports"]["all"] > result["imports"]["torch"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_demo_step_times_the_demo_with_one_thing_taken_away_at_a_time(tmp_path):
+    result = benchmark("demo_step.py", tmp_path / "demo.json", "--rounds", "1", "--steps", "2")
+    assert result["ratios"]["as it is"] == [1.0]
+    assert {"encoded at every step", "memory unmapped when freed"} <= set(result["ratios"])
+    assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios)
