@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from trainer.adherence import pictures, questions, shares_right, table
+from trainer.adherence import asked_of, pictures, shares_right, table
 from trainer.cli import guarded
 from trainer.config_file import load_config
 from trainer.data.shape_reading import read
-from trainer.data.sources.shapes import Combination, Shapes, combinations, held_out
+from trainer.data.sources.shapes import Combination, Shapes
 from trainer.draw import sampler_of
 from trainer.errors import UserError
 from trainer.grid import labelled_grid
@@ -76,18 +76,15 @@ def measure(arguments: argparse.Namespace) -> int:
     if not isinstance(config.data, Shapes):
         raise UserError("adherence is measured on `shapes` alone", str(config_file), "use the run of such a config")
     step, sampler, runtime = sampler_of(config, arguments.run, arguments.checkpoint, 1, 1.0, averaged=True)
-    held = held_out(config.data.held_out_fraction)
-    groups = {"seen": [each for each in combinations() if each not in set(held)], "held out": held}
     rows, shown, labels = {}, [], []
     for wording in WORDINGS if arguments.wording == "all" else [arguments.wording]:
         for steps, guidance in ((s, g) for s in arguments.steps for g in arguments.guidance):
             drawing = replace(sampler, steps=steps, guidance=guidance, at_once=32)
-            for place, (group, meant) in enumerate((name, some) for name, some in groups.items() if some):
-                asked = questions(meant, arguments.prompts, first_place=place * arguments.prompts)
-                asked = [replace(each, prompt=WORDINGS[wording](each.meant)) for each in asked]
+            for group, captions in asked_of(config.data, arguments.prompts).items():
+                asked = [replace(each, prompt=WORDINGS[wording](each.meant)) for each in captions]
                 with runtime.autocast():
                     drawn = pictures(drawing, asked, arguments.seed)
-                name = group if wording == "caption" else f"{group}, {wording}"
+                name = group.replace("_", " ") if wording == "caption" else f"{group}, {wording}"
                 rows[f"{name}, {steps} steps, guidance {guidance:g}"] = shares_right(asked, list(map(read, drawn)))
                 if group == "seen":
                     shown, labels = [*shown, *drawn[:8]], [*labels, *(each.prompt for each in asked[:8])]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -77,7 +79,8 @@ def test_ranks_build_the_cache_that_one_rank_builds_bit_for_bit(write_config: Wr
     assert len(alone) > 2 * CHUNK, "an odd number of chunks, the last one not full"
 
     def moments(rank: int, gather: Callable) -> torch.Tensor:
-        return Memory().moments(training.samples, training.vae, runtime.device, rank, 2, gather, lambda line: None)
+        ranks = SimpleNamespace(device=runtime.device, rank=rank, world_size=2, gather=gather, say=lambda line: None)
+        return Memory().moments(training.samples, training.vae, cast("Runtime", ranks))
 
     for rank in (0, 1):
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.shape_reading import Reading, read
-from trainer.data.sources.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Combination
+from trainer.data.sources.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Combination,
+    Shapes,
+    combinations,
+    held_out,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +44,13 @@ def questions(meant: Sequence[Combination], count: int, first_place: int = 0) ->
     """`count` questions that take the combinations in turn, each with noise of its own."""
     chosen = [meant[index % len(meant)] for index in range(count)]
     return [Question(each.caption, each, first_place + index) for index, each in enumerate(chosen)]
+
+
+def asked_of(source: Shapes, count: int) -> dict[str, list[Question]]:
+    """`count` questions about the combinations that the source draws, `seen`, and, if there are any, `held_out`."""
+    held = held_out(source.held_out_fraction)
+    seen = [each for each in combinations() if each not in set(held)]
+    return {"seen": questions(seen, count)} | ({"held_out": questions(held, count, first_place=count)} if held else {})
 
 
 def answers(sampler: Sampler, asked: Sequence[Question], seed: int) -> list[Reading]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.data.record import Source
 from trainer.errors import UserError
 from trainer.registry import Part
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from trainer.data.loader import Samples
     from trainer.latents import OnlineVae
+    from trainer.runtime import Runtime
 
 CHUNK = 32  # records encoded together: always the same ones, so that no number of ranks can change a bit
 
@@ -39,20 +38,10 @@ class LatentCache(Part, home="trainer.latent_cache"):
             )
 
     @abstractmethod
-    def moments(
-        self,
-        samples: Samples,
-        vae: OnlineVae,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        gather: Callable[[Any], list[Any]],
-        say: Callable[[str], None],
-    ) -> Tensor:
+    def moments(self, samples: Samples, vae: OnlineVae, runtime: Runtime) -> Tensor:
         """Mean and standard deviation of every record's posterior, [N, 2, C, h, w] float32 on the CPU.
 
-        Every rank calls it, with a `gather` that hands each rank what all ranks give. Raises UserError for a picture
-        that cannot be read.
+        Every rank calls it and gets all of it. Raises UserError for a picture that cannot be read.
         """
 
 
@@ -61,16 +50,7 @@ class Memory(LatentCache):
 
     kind = "memory"
 
-    def moments(
-        self,
-        samples: Samples,
-        vae: OnlineVae,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        gather: Callable[[Any], list[Any]],
-        say: Callable[[str], None],
-    ) -> Tensor:
+    def moments(self, samples: Samples, vae: OnlineVae, runtime: Runtime) -> Tensor:
         import psutil
         import torch
 
@@ -85,11 +65,13 @@ class Memory(LatentCache):
                 "cache",
                 "leave the section out, or use fewer records",
             )
-        say(f"cache  {count} records x {' x '.join(map(str, shape))} x 4 bytes = {size / 2**20:.1f} MiB; encoding them")
+        runtime.say(
+            f"cache  {count} records x {' x '.join(map(str, shape))} x 4 bytes = {size / 2**20:.1f} MiB; encoding them"
+        )
         started = time.monotonic()
         chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        pictures = read_ahead(Pictures(samples), chunks[rank::world_size], samples.source.num_workers)
-        mine = [torch.stack(vae.posterior(pixels.to(device)), dim=1).cpu() for pixels in pictures]
-        shares = gather(mine)
-        say(f"cache  encoded in {time.monotonic() - started:.0f} s")
-        return torch.cat([shares[chunk % world_size][chunk // world_size] for chunk in range(len(chunks))])
+        pictures = read_ahead(Pictures(samples), chunks[runtime.rank :: runtime.world_size], samples.source.num_workers)
+        mine = [torch.stack(vae.posterior(pixels.to(runtime.device)), dim=1).cpu() for pixels in pictures]
+        shares, ranks = runtime.gather(mine), runtime.world_size
+        runtime.say(f"cache  encoded in {time.monotonic() - started:.0f} s")
+        return torch.cat([shares[chunk % ranks][chunk // ranks] for chunk in range(len(chunks))])

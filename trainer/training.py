@@ -109,9 +109,7 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         seed=train.seed,
     )
     if config.cache is not None:
-        trained.moments = config.cache.moments(
-            trained, vae, device, runtime.rank, runtime.world_size, runtime.gather, runtime.say
-        )
+        trained.moments = config.cache.moments(trained, vae, runtime)
     return Training(
         config=config,
         runtime=runtime,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr
 
-from trainer.data.sources.shapes import Shapes, held_out
+from trainer.data.sources.shapes import Shapes
 from trainer.errors import UserError
 from trainer.hook import CollectiveHook
 from trainer.run.files import write_json
@@ -59,9 +59,9 @@ class Adherence(CollectiveHook):
         from trainer.adherence import mistakes, shares_right
 
         sampler = replace(training.sampler(self.sampler_steps, self.guidance), at_once=AT_ONCE)
-        with training.evaluating():
-            read_back = {name: self._answers(training, sampler, asked) for name, asked in self._asked(training).items()}
         asked = self._asked(training)
+        with training.evaluating():
+            read_back = {name: self._answers(training, sampler, questions) for name, questions in asked.items()}
         self._report = {name: shares_right(asked[name], read_back[name]) for name in asked}
         self._report["mistakes"] = [each for name in asked for each in mistakes(asked[name], read_back[name])]
         return {
@@ -89,15 +89,11 @@ class Adherence(CollectiveHook):
 
     def _asked(self, training: Training) -> dict[str, list[Question]]:
         """The questions, as `seen` and, if anything is held out, `held_out`."""
-        from trainer.adherence import questions
-        from trainer.data.sources.shapes import combinations
+        from trainer.adherence import asked_of
 
         source = training.config.data
         assert isinstance(source, Shapes), "check() saw to it"
-        held = held_out(source.held_out_fraction)
-        seen = [each for each in combinations() if each not in set(held)]
-        asked = {"seen": questions(seen, self.prompts)}
-        return asked | ({"held_out": questions(held, self.prompts, first_place=self.prompts)} if held else {})
+        return asked_of(source, self.prompts)
 
     def _answers(self, training: Training, sampler: Sampler, asked: list[Question]) -> list[Reading]:
         """What the pictures show; the ranks share the work, and every rank gets all of it."""
