@@ -21,24 +21,21 @@ from comparison import conclude
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("validation=null", "hooks=[]", "data.num_images=256", "train.log_every=1", "checkpoint.every_steps=100000")
 
-# What is taken away -> config overrides, and a line that runs first.
-VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "as it is": ((), ""),
-    "as it is, again": ((), ""),
-    "encoded at every step": (("cache=null",), ""),
-    "77 tokens a prompt": (("model.prompt_tokens=77",), ""),
-    "heads of 8 channels": (("model.unet_head_width=8",), ""),
-    "memory unmapped when freed": ((), "import trainer.runtime as r; r.keep_freed_memory = lambda: None"),
+# What is taken away -> config overrides.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "as it is, again": (),
+    "encoded at every step": ("cache=null",),
+    "77 tokens a prompt": ("model.prompt_tokens=77",),
+    "heads of 8 channels": ("model.unet_head_width=8",),
 }
 
 
-def step_seconds(overrides: Sequence[str], first: str, steps: int, folder: Path) -> float:
+def step_seconds(overrides: Sequence[str], steps: int, folder: Path) -> float:
     """The median wall time of the steps after the first five."""
     arguments = ["train", "--config", str(ROOT / "configs" / "demo.yaml"), "--output-dir", str(folder)]
     arguments += ["--set", *SHORT, f"train.max_steps={steps + 5}", *overrides]
-    program = f"from trainer.commands.train import share_cores\nshare_cores()\n{first}\n"
-    program += f"import sys\nfrom trainer.cli import main\nsys.exit(main({arguments!r}))"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "trainer", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(line["timing"]["step_seconds"] for line in lines[5:])
 
@@ -56,7 +53,7 @@ def main() -> int:
         random.Random(round).shuffle(order)
         for name in order:
             with tempfile.TemporaryDirectory() as folder:
-                seconds[name].append(step_seconds(*VARIANTS[name], args.steps, Path(folder) / "run"))
+                seconds[name].append(step_seconds(VARIANTS[name], args.steps, Path(folder) / "run"))
         print(f"round {round + 1} of {args.rounds}", file=sys.stderr)
     plain = seconds["as it is"]
     ratios = {name: [each / base for each, base in zip(times, plain, strict=True)] for name, times in seconds.items()}

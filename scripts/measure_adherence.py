@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> int:
                 asked = [replace(each, prompt=WORDINGS[wording](each.meant)) for each in captions]
                 with runtime.autocast():
                     drawn = pictures(drawing, asked, arguments.seed)
-                name = group.replace("_", " ") if wording == "caption" else f"{group}, {wording}"
+                name = group.replace("_", " ") if wording == "caption" else f"{group.replace('_', ' ')}, {wording}"
                 rows[f"{name}, {steps} steps, guidance {guidance:g}"] = shares_right(asked, list(map(read, drawn)))
                 if group == "seen":
                     shown, labels = [*shown, *drawn[:8]], [*labels, *(each.prompt for each in asked[:8])]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 class Runtime:
@@ -37,8 +34,6 @@ class Runtime:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         has_accelerator = torch.accelerator.is_available()
-        if not has_accelerator:
-            keep_freed_memory()
         if not has_accelerator and precision == "fp16":
             raise UserError(
                 "fp16 needs a GPU: without one the Accelerator would silently compute in fp32",
@@ -193,20 +188,6 @@ class Runtime:
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.use_deterministic_algorithms(False)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what tensors on the CPU free, so that the next step finds it mapped already.
-
-    By default each activation of some 100 kB or more is mapped when it is made and unmapped when it is freed, and its
-    first use then waits for the kernel page by page (docs/performance.md). Elsewhere than on glibc nothing is done.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)  # bytes; only larger blocks are mapped on their own
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes free at the end of the heap before it shrinks
-    libc.mallopt(M_TOP_PAD, 1 << 26)  # bytes by which it grows
 
 
 def _host_group() -> dist.ProcessGroup:
