@@ -21,7 +21,7 @@ SHORT = [
     *("validation.every_steps=4", "validation.sampler_steps=3"),
     "hooks=[{kind: adherence, prompts: 8, sampler_steps: 3}]",
 ]
-LEFT = ("samples/step-000012.png", "samples/first_and_last.png", "samples/progress.png", "adherence.json")
+LEFT = ("samples/step-000012.png", "first_and_last.png", "progress.png", "adherence.json")
 
 
 def command(run: Path, *more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""samples/: the fixed prompts, drawn with the averaged weights, one grid a validation, and all of them side by side."""
+"""samples/: the fixed prompts, drawn with the averaged weights, a grid each time; and sheets of all times together."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
-        self.progress = self.samples / "progress.png"  # the validation prompts at every step that drew them
-        self.first_and_last = self.samples / "first_and_last.png"
+        self.progress = self.path / "progress.png"  # the validation prompts at every step that drew them
+        self.first_and_last = self.path / "first_and_last.png"
 
     def checkpoint(self, step: int) -> Path:
         """The weights and optimizer state after optimizer step `step`; without its sidecar it does not exist."""
