@@ -28,14 +28,14 @@ PACKAGE = Path(trainer.__file__).parent
 # From the ground up. A module imports from lower floors, from its own package, and, if it is a top-level module, from
 # other top-level modules of its own floor. A package stands on one floor with all that is in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "registry", "stop", "yaml_text"),  # the standard library, pydantic and yaml
+    ("errors", "registry", "yaml_text"),  # the standard library, pydantic and yaml
     ("rng", "schedule"),  # what maths and data both draw from
-    ("ema", "hook", "lr", "objectives", "optimizers", "timesteps", "weighting"),  # the parts without data or networks
+    ("ema", "hook", "lr", "muon", "objectives", "optimizers", "timesteps", "weighting"),  # the parts without data or networks
     ("data",),  # knows no network
     ("adherence", "denoiser", "grid", "latent_cache", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
-    ("checkpoint", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run, in memory
+    ("checkpoint", "control", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run, in memory
     ("hooks",),  # what happens around its steps
     ("draw", "dry_run", "launch"),  # whole jobs
     ("__main__", "cli", "commands", "train"),  # the command line

@@ -199,10 +199,10 @@ class OneOptimizer:
     def __init__(self, spec: OptimizerSpec, how: Callable[[torch.optim.Optimizer, torch.Tensor], None] = step_unless):
         self.how = how
         generator = torch.Generator().manual_seed(0)
-        self.parameters = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 8), (8,), (4, 2, 3, 3))
-        ]
-        self.optimizer = spec.build(self.parameters)
+        shapes = {"linear.weight": (8, 8), "linear.bias": (8,), "conv.weight": (4, 2, 3, 3), "embedding.weight": (5, 8)}
+        weights = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+        self.parameters = list(weights.values())
+        self.optimizer = spec.build(weights)
 
     def step(self, number: int, skipped: torch.Tensor) -> None:
         for group in self.optimizer.param_groups:

@@ -42,16 +42,35 @@ def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, A
     return sidecar
 
 
-def prune_checkpoints(run_dir: RunDir, keep_last: int) -> list[int]:
-    """Remove all but the newest `keep_last` checkpoints and return the steps that are left, oldest first.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest, those of round steps, and those with the lowest held-out loss."""
+
+    keep_last: int
+    keep_every_steps: int | None = None
+    keep_best: int = 0
+
+    def kept(self, losses: dict[int, float | None]) -> set[int]:
+        """The steps that stay, of those that are keys of `losses`; the values are held-out losses, None for unknown."""
+        steps = sorted(losses)
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every_steps is not None:
+            kept |= {step for step in steps if step % self.keep_every_steps == 0}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return kept | set(sorted(known, key=lambda step: (known[step], step))[: self.keep_best])
+
+
+def prune_checkpoints(run_dir: RunDir, retention: Retention) -> list[int]:
+    """Remove the checkpoints that `retention` does not keep and return the steps that are left, oldest first.
 
     The sidecar goes first, so that a kill in between leaves a file without a sidecar: no checkpoint.
     """
-    steps = run_dir.checkpoint_steps()
-    for step in steps[:-keep_last]:
+    losses = {step: _sidecar(run_dir, step).get("validation_loss") for step in run_dir.checkpoint_steps()}
+    kept = retention.kept(losses)
+    for step in losses.keys() - kept:
         os.unlink(run_dir.sidecar(step))
         run_dir.checkpoint(step).unlink(missing_ok=True)
-    return steps[-keep_last:]
+    return sorted(kept)
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,11 @@ def find(run_dir: RunDir, step: int) -> Found:
 
 
 def _found(run_dir: RunDir, step: int) -> Found:
-    return Found(run_dir.checkpoint(step), json.loads(run_dir.sidecar(step).read_text(encoding="utf-8")))
+    return Found(run_dir.checkpoint(step), _sidecar(run_dir, step))
+
+
+def _sidecar(run_dir: RunDir, step: int) -> dict[str, Any]:
+    return json.loads(run_dir.sidecar(step).read_text(encoding="utf-8"))
 
 
 def find_newest(run_dir: RunDir, say: Callable[[str], None]) -> Found | None:

@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "train the built-in demo: no download, a CPU is enough",
     "train": "train a model",
     "validate": "check a config and write the three reproducibility files, without training",
+    "stop": "ask a running job to finish its step, save and end",
+    "save": "ask a running job for a checkpoint now",
     "sample": "draw pictures with the weights of a run",
     "schema": "print the config's JSON Schema, or its reference page",
     "doctor": "check this machine: versions, GPUs, disk, network, determinism settings",

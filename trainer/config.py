@@ -76,6 +76,16 @@ class CheckpointSection(Section):
     keep_last: int = Field(
         default=3, ge=2, description="Newest checkpoints that are kept; at least two, so that one may be bad."
     )
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="Checkpoints of steps that this divides are kept too; null keeps none of them."
+    )
+    keep_best: int = Field(
+        default=0, ge=0, description="Checkpoints with the lowest validation_loss that are kept too."
+    )
+    background: bool = Field(
+        default=True,
+        description="Copy the state and write it beside the next steps; false makes the steps wait for the disk.",
+    )
 
 
 class Config(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -28,11 +29,11 @@ class EmaSpec(Section):
 class Ema:
     """Averages of `weights` (name -> tensor), same shapes, fp32, on the same device."""
 
-    def __init__(self, spec: EmaSpec, weights: dict[str, Tensor]):
+    def __init__(self, spec: EmaSpec, weights: Mapping[str, Tensor]):
         self.spec = spec
         self.average = {name: weight.detach().clone() for name, weight in weights.items()}
 
-    def update(self, weights: dict[str, Tensor], step: int, skipped: Tensor) -> None:
+    def update(self, weights: Mapping[str, Tensor], step: int, skipped: Tensor) -> None:
         """Move towards `weights` after `step`, unless `skipped` (a 0-dim float, 1 or 0, on the device) is 1.
 
         No synchronisation with an accelerator: there the flag enters as a factor.

@@ -30,7 +30,7 @@ class StorageFailed(RunEnd):
 
 
 class Stopped(RunEnd):
-    """A signal asked for a stop; the state was saved and the same command goes on."""
+    """A stop was asked for; the state was saved, and `--resume auto` goes on."""
 
     exit_code = 75
     state = "stopped"

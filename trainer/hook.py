@@ -30,6 +30,8 @@ class RunView:
 class Hook(Part, home="trainer.hooks"):
     """Something that happens around the steps."""
 
+    saves: ClassVar[bool] = False  # acts also after a step at which someone asked for a checkpoint
+
     def check(self, config: Config) -> None:
         """Raise UserError if this hook cannot do its work in a run of `config`: before anything slow."""
 
@@ -68,3 +70,6 @@ class CollectiveHook(Hook):
 
     def after_step(self, training: Training, last: bool) -> None:
         """After each step that `due` names, once its metrics were handed out."""
+
+    def on_end(self, training: Training) -> None:
+        """After the run, however it ended, on this rank alone: for what is still going on beside it. No collectives."""

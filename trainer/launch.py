@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import loop
 from trainer.checkpoint import Found, set_aside_after
+from trainer.control import Control
 from trainer.errors import UserError
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
 from trainer.run.files import write_json
+from trainer.run.lock import RunLock
 from trainer.run.metrics import MetricsLog
 from trainer.run.metrics import read as read_metrics
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.stop import StopRequest
 from trainer.training import Training, assemble
 
 if TYPE_CHECKING:
@@ -33,17 +34,20 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
     """Train to the last step; raises the RunEnd of every other ending."""
     config = checked.config
     runtime = Runtime(config.train.precision, config.train.deterministic)
-    stop = StopRequest()
+    control, lock = Control(run_dir if runtime.is_main else None), RunLock(run_dir.path)
     try:
-        start = runtime.from_main(lambda: _start(checked, run_dir, resume, allowed, runtime.say))
-        _train(checked, runtime, run_dir, start, stop)
+        start = runtime.from_main(lambda: _start(checked, run_dir, lock, resume, allowed, runtime.say))
+        _train(checked, runtime, run_dir, lock, start, control)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     finally:
-        stop.close()
+        lock.release()
+        control.close()
         runtime.close()
 
 
-def _train(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, stop: StopRequest) -> None:
+def _train(
+    checked: Preflight, runtime: Runtime, run_dir: RunDir, lock: RunLock, start: Found | None, control: Control
+) -> None:
     """Everything that holds a wrapped model: gone when this returns, before the process group is."""
     started, say = time.monotonic(), runtime.say
     for line in checked.equations():
@@ -54,15 +58,18 @@ def _train(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found |
     for line in describe(training):
         say(line)
     first = training.state.step
-    runtime.from_main(lambda: _prepare_folder(run_dir, start, say))
+    runtime.from_main(lambda: _prepare_folder(run_dir, lock, start, say))
     hooks = standard_hooks(checked, training, start)
     gc.enable()  # `train` switched it off for the start-up
-    loop.run(training, hooks, stop, say)
+    loop.run(training, hooks, control, say)
     _last_word(training, first, time.monotonic() - started, say)
 
 
-def _start(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str], say: loop.Say) -> Found | None:
+def _start(
+    checked: Preflight, run_dir: RunDir, lock: RunLock, resume: str, allowed: Sequence[str], say: loop.Say
+) -> Found | None:
     """Rank 0: the checkpoint to go on from, None for step 0; raises UserError if it may not go on. Writes nothing."""
+    lock.refuse_if_held()
     start = choose_start(run_dir, resume, say)
     if start is None:
         return None
@@ -86,9 +93,13 @@ def _start(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
     return start
 
 
-def _prepare_folder(run_dir: RunDir, start: Found | None, say: loop.Say) -> None:
-    """Rank 0: the folder as the next step wants it, once nothing can be refused any more."""
+def _prepare_folder(run_dir: RunDir, lock: RunLock, start: Found | None, say: loop.Say) -> None:
+    """Rank 0: the folder as the next step wants it; raises UserError if another run took it in the meantime."""
     run_dir.create()
+    lock.take()
+    _refuse_other_steps(run_dir, start)
+    for request in (run_dir.stop_request, run_dir.save_request):
+        request.unlink(missing_ok=True)  # meant for the run before
     for stray in run_dir.sweep():
         say(f"note   removed {stray}, left half-written by a killed run")
     if start is None:
@@ -105,6 +116,14 @@ def _prepare_folder(run_dir: RunDir, start: Found | None, say: loop.Say) -> None
     step = start.sidecar["step"]
     shutil.copyfile(start.path, run_dir.checkpoint(step))
     write_json(run_dir.sidecar(step), start.sidecar)
+
+
+def _refuse_other_steps(run_dir: RunDir, start: Found | None) -> None:
+    """Raise UserError if the folder, now locked, is not what the start was chosen from: another run was quicker."""
+    ours = start.sidecar["step"] if start is not None and not _is_branch(start, run_dir) else None
+    intact = not run_dir.holds_run() if ours is None else run_dir.sidecar(ours).is_file()
+    if not intact:
+        raise UserError("another run has just written this folder", str(run_dir.path), "look, and start again")
 
 
 def _is_branch(start: Found, run_dir: RunDir) -> bool:

@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.control import Asked
 from trainer.errors import Diverged, RunEnd, Stopped
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
 if TYPE_CHECKING:
-    from trainer.stop import StopRequest
+    from trainer.control import Control
     from trainer.training import Training
 
 Say = Callable[[str], None]
 
 
-def run(training: Training, hooks: Sequence[Hook], stop: StopRequest, say: Say) -> None:
+def run(training: Training, hooks: Sequence[Hook], control: Control, say: Say) -> None:
     """Train to the last step; raises Stopped, Diverged or StorageFailed for the other ways a run can end."""
     crew = Crew(training, hooks, say)
     try:
         crew.start()
-        _steps(training, crew, stop)
+        _steps(training, crew, control)
     except RunEnd as end:
         crew.end(end.state, end.exit_code, str(end))
         raise
@@ -34,7 +35,7 @@ def run(training: Training, hooks: Sequence[Hook], stop: StopRequest, say: Say) 
     crew.end("done", 0, f"{training.state.step} steps")
 
 
-def _steps(training: Training, crew: Crew, stop: StopRequest) -> None:
+def _steps(training: Training, crew: Crew, control: Control) -> None:
     train, state = training.config.train, training.state
     batches = training.batches(state.step, train.max_steps)
     pending = PendingMetrics(training)
@@ -42,20 +43,21 @@ def _steps(training: Training, crew: Crew, stop: StopRequest) -> None:
         started = time.perf_counter()
         result = train_step(training, batches)
         pending.add(result, time.perf_counter() - started)
-        stopping = training.runtime.any(bool(stop))
+        asked = training.runtime.max(control.asked())
+        stopping = asked == Asked.STOP
         last = stopping or state.step == train.max_steps
-        collective = crew.collective_due(last)
+        collective = crew.collective_due(last, asked == Asked.SAVE)
         if last or collective or state.step % train.log_every == 0:
             lines = pending.drain()  # first: what follows would wait for these steps and be blamed for their time
             lines[-1] |= crew.measure(collective)
             crew.metrics(lines)
-        crew.after_step(collective, last)
+        crew.after_step(collective, last, asked == Asked.SAVE)
         if pending.bad_steps >= train.max_bad_steps:
             raise Diverged(
                 f"the gradient was not finite in {pending.bad_steps} steps in a row, the last is step {state.step}"
             )
         if stopping and state.step < train.max_steps:
-            raise Stopped(f"stopped by a signal after step {state.step}, saved")
+            raise Stopped(f"{control.why or 'another rank was asked to stop'}: step {state.step} is done and saved")
 
 
 class PendingMetrics:
@@ -123,33 +125,38 @@ class Crew:
         for hook in self.collective:
             hook.on_start(self.training)
 
-    def collective_due(self, last: bool) -> list[CollectiveHook]:
+    def collective_due(self, last: bool, save_asked: bool) -> list[CollectiveHook]:
         """The collective hooks that act after this step: the same on every rank."""
-        return [hook for hook in self.collective if hook.due(self.training.state.step, last)]
+        return [hook for hook in self.collective if self._due(hook, last, save_asked)]
+
+    def _due(self, hook: Hook, last: bool, save_asked: bool) -> bool:
+        return hook.due(self.training.state.step, last) or (save_asked and hook.saves)
 
     def measure(self, hooks: Sequence[CollectiveHook]) -> dict[str, Any]:
         """What `hooks` add to this step's metrics line."""
         measured: dict[str, Any] = {}
         for hook in hooks:
             measured |= hook.measure(self.training)
+        self.training.measured = measured
         return measured
 
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Hand out metrics lines."""
         self._each_main(lambda hook, view: hook.on_metrics(view, lines))
 
-    def after_step(self, collective: Sequence[CollectiveHook], last: bool) -> None:
+    def after_step(self, collective: Sequence[CollectiveHook], last: bool, save_asked: bool) -> None:
         """After a step, its metrics handed out."""
         for hook in collective:
             hook.after_step(self.training, last)
-        step = self.training.state.step
-        self._each_main(lambda hook, view: hook.after_step(view, last) if hook.due(step, last) else None)
+        self._each_main(lambda hook, view: hook.after_step(view, last) if self._due(hook, last, save_asked) else None)
 
     def end(self, state: str, exit_code: int, reason: str) -> None:
         """After the run, however it ended; a hook that fails now must not hide why the run ended."""
-        for hook in self.main:
+        ends = [(hook, lambda hook=hook: hook.on_end(self.training)) for hook in self.collective]
+        ends += [(hook, lambda hook=hook: hook.on_end(self.view(), state, exit_code, reason)) for hook in self.main]
+        for hook, end in ends:
             try:
-                hook.on_end(self.view(), state, exit_code, reason)
+                end()
             except Exception as error:  # noqa: BLE001
                 self.say(f"warning: {type(hook).__name__} failed at the end: {type(error).__name__}: {error}")
 

@@ -133,11 +133,15 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank, the same answer on all."""
+        return bool(self.max(flag))
+
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank, the same answer on all."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host_group)
-        return bool(value.item())
+            return value
+        values = torch.tensor([value], dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group)
+        return int(values.item())
 
     def gather(self, item: Any) -> list[Any]:
         """The `item` of every rank, in rank order, on all ranks."""

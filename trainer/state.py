@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,9 @@ class TrainState:
     step: int = 0  # optimizer steps done
 
     def __post_init__(self) -> None:
-        self._weights: dict[str, Tensor] = {
-            f"{prefix}.{name}": parameter
-            for prefix, module in self.modules.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        self._weights = trainable_weights(self.modules)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, nn.Parameter]:
         """The trainable tensors by dotted name, in a fixed order."""
         return self._weights
 
@@ -79,7 +74,17 @@ class TrainState:
             _copy(weights, own)
 
 
+def trainable_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The weights of `modules` that require a gradient, by dotted name, in a fixed order."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 @torch.no_grad()
-def _copy(to: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _copy(to: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, tensor in to.items():
         tensor.copy_(values[name])

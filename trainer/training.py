@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.sampler import Sampler
-from trainer.state import TrainState
+from trainer.state import TrainState, trainable_weights
 
 if TYPE_CHECKING:
     from trainer.models.base import Components
@@ -45,6 +45,7 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
+    measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[Batch]:
         """This rank's micro batches from `first_step` on."""
@@ -79,7 +80,7 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
     # it: it has to be gone before its process group is.
     gc.freeze()
     model = runtime.prepare(Denoiser(family, components).train())
-    state = TrainState(modules, config.optimizer.build(_trainable(modules)), None, runtime.scaler)
+    state = TrainState(modules, config.optimizer.build(trainable_weights(modules)), None, runtime.scaler)
     if config.ema is not None:
         state.ema = Ema(config.ema, state.weights())
     if start is not None:
@@ -160,7 +161,3 @@ def load_weights(modules: dict[str, nn.Module], run_dir: RunDir, step: int | Non
             first = str(error).splitlines()[1].strip()
             raise UserError(f"the weights of {name} do not fit this model: {first}", str(found.path)) from None
     return content["step"]
-
-
-def _trainable(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad]

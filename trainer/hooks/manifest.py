@@ -17,6 +17,7 @@ class ManifestFile(MainHook):
     """Part of the run's truth: it tries again, and ends the run if it cannot be written."""
 
     essential: ClassVar[bool] = True
+    saves: ClassVar[bool] = True  # the manifest lists the checkpoints
 
     facts: dict[str, Any]  # of this start, as run_facts makes them
     environment: dict[str, Any]  # for env.json
@@ -41,8 +42,11 @@ class ManifestFile(MainHook):
         self._manifest.begin(self.facts, start)
 
     def after_step(self, view: RunView, last: bool) -> None:
+        self._list_checkpoints(RunDir(view.folder))
+
+    def _list_checkpoints(self, run_dir: RunDir) -> None:
+        """What is committed by now: a save in the background joins at the next one, or at the end."""
         assert self._manifest is not None, "on_start comes first"
-        run_dir = RunDir(view.folder)
         steps = run_dir.checkpoint_steps()
         for step in steps:
             sidecar = json.loads(run_dir.sidecar(step).read_bytes())  # ours: damaged ones were set aside at the start
@@ -51,4 +55,5 @@ class ManifestFile(MainHook):
 
     def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:
         if self._manifest is not None:
+            self._list_checkpoints(RunDir(view.folder))
             self._manifest.end(state, exit_code, reason)

@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint import Retention
 from trainer.hook import Hook
 from trainer.hooks.checkpointing import Checkpointing
 from trainer.hooks.held_out_loss import HeldOutLoss
@@ -48,12 +49,15 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
             name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")
         },
     }
-    validation = config.validation
+    validation, saving = config.validation, config.checkpoint
     if validation is not None and training.held_out is not None:
         hooks.append(HeldOutLoss(every_steps=validation.every_steps, max_steps=config.train.max_steps))
     hooks.append(
         Checkpointing(
-            every_steps=config.checkpoint.every_steps, keep_last=config.checkpoint.keep_last, sidecar_facts=sidecar
+            every_steps=saving.every_steps,
+            retention=Retention(saving.keep_last, saving.keep_every_steps, saving.keep_best),
+            background=saving.background,
+            sidecar_facts=sidecar,
         )
     )
     if validation is not None and validation.prompts:
