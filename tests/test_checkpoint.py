@@ -48,10 +48,11 @@ def test_the_newest_the_round_and_the_best_checkpoints_are_kept(retention: Reten
 def test_the_best_checkpoint_of_a_run_stays_beside_the_newest_two(tmp_path: Path):
     run = tmp_path / "run"
     more = ["validation={every_steps: 1, max_records: 4}", "checkpoint.every_steps=1", "checkpoint.keep_best=1"]
-    assert train(run, "--set", *more, "lr.peak=0.3", "train.max_steps=5") == 0
+    away = ["lr.peak=1.0", "ema.decay=0.99", "ema.warmup=false"]  # the average leaves its good start step by step
+    assert train(run, "--set", *more, *away, "train.max_steps=5") == 0
     losses = {step: line["validation_loss"] for step, line in enumerate(lines(run), start=1)}
     best = min(losses, key=lambda step: losses[step])
-    assert best < 4, "the learning rate is so high that the first steps are the best"
+    assert best < 4
     assert RunDir(run).checkpoint_steps() == sorted({best, 4, 5})
     assert json.loads(RunDir(run).sidecar(best).read_text())["validation_loss"] == losses[best]
 

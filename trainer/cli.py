@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "check a config and write the three reproducibility files, without training",
     "stop": "ask a running job to finish its step, save and end",
     "save": "ask a running job for a checkpoint now",
+    "verify": "re-hash a run's checkpoints, data and model against its manifest",
     "sample": "draw pictures with the weights of a run",
     "schema": "print the config's JSON Schema, or its reference page",
     "doctor": "check this machine: versions, GPUs, disk, network, determinism settings",

@@ -1,4 +1,4 @@
-"""What the outside asks of a running job: by a signal, by the end of its launcher, or by a file in its run directory."""
+"""What the outside asks of a running job: by a signal, by the end of its launcher, or by a file in its folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Control:
     def asked(self) -> Asked:
         """What is asked now. A stop stays asked; a save is asked once."""
         if self._launched and not self.why and os.getppid() != self._parent:
-            # `accelerate launch` does not pass SIGTERM on to the one process it started: it dies, and we would train on.
+            # `accelerate launch` dies of a SIGTERM without passing it on to the one process that it started.
             self.why = "the launcher has ended"
             _write(f"\n{self.why}: finishing this step, then saving\n")
         from_file = self._from_file()

@@ -121,7 +121,7 @@ def _prepare_folder(run_dir: RunDir, lock: RunLock, start: Found | None, say: lo
 def _refuse_other_steps(run_dir: RunDir, start: Found | None) -> None:
     """Raise UserError if the folder, now locked, is not what the start was chosen from: another run was quicker."""
     ours = start.sidecar["step"] if start is not None and not _is_branch(start, run_dir) else None
-    intact = not run_dir.holds_run() if ours is None else run_dir.sidecar(ours).is_file()
+    intact = not run_dir.checkpoint_steps() if ours is None else run_dir.sidecar(ours).is_file()
     if not intact:
         raise UserError("another run has just written this folder", str(run_dir.path), "look, and start again")
 

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from trainer.checkpoint import fault_of
 from trainer.control import Asked, Control
 from trainer.run.rundir import RunDir
 
@@ -52,11 +53,8 @@ def job(command: list[str], run: Path) -> Iterator[subprocess.Popen[str]]:
             wait_for(lambda: steps(run) >= 3, process)
             yield process
         finally:
-            for group in (process.pid,):
-                try:
-                    os.killpg(group, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition, process: subprocess.Popen[str] | None = None, seconds: float = 60) -> None:
@@ -102,9 +100,8 @@ def test_save_makes_a_checkpoint_and_the_job_goes_on(run: Path):
         wait_for(lambda: saved(run), process)
         after = steps(run)
         wait_for(lambda: steps(run) > after + 3, process)
-        assert [entry["step"] for entry in json.loads((run / "run_manifest.json").read_text())["checkpoints"]] == saved(
-            run
-        )
+        assert len(saved(run)) == 1
+        assert fault_of(RunDir(run), saved(run)[0]) is None
 
 
 @pytest.mark.parametrize("command", ["stop", "save"])
@@ -121,9 +118,7 @@ def test_a_second_run_into_the_folder_of_a_running_one_is_refused_and_told_by_wh
             second = subprocess.run([sys.executable, *arguments(run), *more], capture_output=True, text=True)
             assert second.returncode == 2
             assert "Traceback" not in second.stderr
-        second = subprocess.run(
-            [sys.executable, *arguments(run), "--resume", "auto"], capture_output=True, text=True
-        )
+        second = subprocess.run([sys.executable, *arguments(run), "--resume", "auto"], capture_output=True, text=True)
         assert f"another run is writing this folder: process {process.pid} on " in second.stderr
         process.kill()
         process.wait()

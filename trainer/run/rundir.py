@@ -27,7 +27,9 @@ class RunDir:
         self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
         self.progress = self.path / "progress.png"  # the validation prompts at every step that drew them
-        self.stop_request = self.path / "stop.request"  # empty files of `difftrain stop` and `difftrain save`, which the
+        self.stop_request = (
+            self.path / "stop.request"
+        )  # empty files of `difftrain stop` and `difftrain save`, which the
         self.save_request = self.path / "save.request"  # job removes when it has seen them
         self.first_and_last = self.path / "first_and_last.png"
 
