@@ -30,31 +30,12 @@ PACKAGE = Path(trainer.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "registry", "yaml_text"),  # the standard library, pydantic and yaml
     ("rng", "schedule"),  # what maths and data both draw from
-    (
-        "ema",
-        "hook",
-        "lr",
-        "muon",
-        "objectives",
-        "optimizers",
-        "timesteps",
-        "weighting",
-    ),  # the parts without data or networks
+    ("ema", "hook", "lr", "muon", "objectives", "optimizers", "timesteps", "weighting"),  # maths, not data or networks
     ("data",),  # knows no network
     ("adherence", "denoiser", "grid", "latent_cache", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
-    (
-        "checkpoint",
-        "control",
-        "loop",
-        "preflight",
-        "resume",
-        "runtime",
-        "state",
-        "step",
-        "training",
-    ),  # one run, in memory
+    ("checkpoint", "control", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run
     ("hooks",),  # what happens around its steps
     ("draw", "dry_run", "launch", "verification"),  # whole jobs
     ("__main__", "cli", "commands", "train"),  # the command line
