@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run",),  # the run directory, without torch
     ("checkpoint", "control", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run
     ("hooks",),  # what happens around its steps
-    ("draw", "dry_run", "launch", "verification"),  # whole jobs
+    ("comparison", "draw", "dry_run", "launch", "verification"),  # whole jobs
     ("__main__", "cli", "commands", "train"),  # the command line
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.run.files import open_atomic, sha256_file, write_json
+from trainer.run.files import fault_point, open_atomic, sha256_file, write_json
 from trainer.run.rundir import RunDir
 
 FORMAT = 1
@@ -36,6 +36,7 @@ def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, A
             torch.save({"format": FORMAT, **content}, file)  # pyright: ignore[reportArgumentType]
     except RuntimeError as error:  # torch reports a full disk as a RuntimeError
         raise OSError(f"writing {path.name} failed: {error}") from error
+    fault_point(f"{path.name} renamed")
     sidecar = {"format": FORMAT, "step": step, "file": path.name, "bytes": file.size_bytes, "sha256": file.sha256()}
     sidecar |= facts
     write_json(run_dir.sidecar(step), sidecar)

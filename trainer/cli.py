@@ -19,6 +19,7 @@ COMMANDS = {
     "stop": "ask a running job to finish its step, save and end",
     "save": "ask a running job for a checkpoint now",
     "verify": "re-hash a run's checkpoints, data and model against its manifest",
+    "diff": "name what differs between two runs",
     "sample": "draw pictures with the weights of a run",
     "schema": "print the config's JSON Schema, or its reference page",
     "doctor": "check this machine: versions, GPUs, disk, network, determinism settings",

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,12 @@ def sweep_temp_files(folder: str | Path) -> list[str]:
                     os.unlink(entry.path)
                     swept.append(entry.name)
     return sorted(swept)
+
+
+def fault_point(name: str) -> None:
+    """Where a test lets this process die as by kill -9: at the point that DIFFTRAIN_KILL_AT names."""
+    if os.environ.get("DIFFTRAIN_KILL_AT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fsync_folder(folder: str | Path) -> None:

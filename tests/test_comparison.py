@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import main
+
+CONFIG = """\
+model: {kind: tiny}
+data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 16}
+train: {seed: 7, max_steps: 4, global_batch_size: 2, log_every: 2, deterministic: true}
+objective: {kind: epsilon}
+lr: {kind: constant, peak: 1e-4, warmup_steps: 0}
+"""
+
+
+def trained(folder: Path, name: str, *overrides: str) -> str:
+    (folder / "config.yaml").write_text(CONFIG)
+    run = str(folder / name)
+    more = ["--set", *overrides] if overrides else []
+    assert main(["train", "--config", str(folder / "config.yaml"), *more, "--output-dir", run]) == 0
+    return run
+
+
+def test_two_runs_of_one_config_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = trained(tmp_path, "a"), trained(tmp_path, "b")
+    capsys.readouterr()
+    assert main(["diff", a, b]) == 0, capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "config: the same" in output
+    assert "metrics: the same for 4 steps" in output
+
+
+def test_a_changed_rate_is_named_with_the_first_step_whose_numbers_it_changes(tmp_path: Path, capsys):
+    a = trained(tmp_path, "a")
+    b = trained(tmp_path, "b", "lr.kind=linear", "lr.warmup_steps=1")
+    capsys.readouterr()
+    assert main(["diff", a, b]) == 1
+    output = capsys.readouterr().out
+    assert "  lr.kind: 'constant' -> 'linear'" in output
+    assert "metrics: differ first at step 2\n" in output, "the first step of both has the peak rate"
+
+
+def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):
+    a, b = trained(tmp_path, "a"), trained(tmp_path, "b", "data.data_seed=5")
+    capsys.readouterr()
+    assert main(["diff", a, b]) == 1
+    output = capsys.readouterr().out
+    assert "  fingerprint: " in output
+    assert "metrics: differ first at step 1\n  loss: " in output
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path):
+    assert main(["diff", str(tmp_path), str(tmp_path)]) == 2

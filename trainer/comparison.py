@@ -1,0 +1,61 @@
+"""What differs between two runs, from what made them to what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config_file import load_config
+from trainer.resume import differences
+from trainer.run.manifest import changes, read_manifest
+from trainer.run.metrics import read as read_metrics
+from trainer.run.rundir import RunDir
+
+# Of a metrics line: what is a function of config and step, so that two runs of one config have it in common.
+EXACT = ("loss", "lr", "grad_norm", "skipped", "captions_cut", "images_seen")
+
+
+@dataclass
+class Comparison:
+    """What is the same and what is not: section -> name -> (value in A, value in B); empty where nothing differs."""
+
+    sections: dict[str, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+    first_step: int | None = None  # the first step at which a number differs
+    common_steps: int = 0
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not any(self.sections.values())
+
+
+def compare(a: RunDir, b: RunDir) -> Comparison:
+    """The differences of two run directories; raises UserError if one of them is not the folder of a run."""
+    manifests = read_manifest(a.manifest), read_manifest(b.manifest)
+    found = Comparison()
+    configs = [load_config(run_dir.resolved_config).config.model_dump(mode="json") for run_dir in (a, b)]
+    found.sections["config"] = differences(*configs)
+    found.sections["config"].pop("train.output_dir", None)  # where it lies is not what it is
+    found.sections["environment"] = _pairs(*(json.loads(run_dir.environment.read_bytes()) for run_dir in (a, b)))
+    for section in ("git", "model", "data", "topology"):
+        found.sections[section] = _pairs(*(manifest[section] for manifest in manifests))
+    found.sections["metrics"] = _metrics(a, b, found)
+    return found
+
+
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (change["was"], change["now"]) for name, change in changes(a, b).items()}
+
+
+def _metrics(a: RunDir, b: RunDir, found: Comparison) -> dict[str, tuple[Any, Any]]:
+    """The numbers that differ at the first step at which any does."""
+    lines = [read_metrics(run_dir.metrics) for run_dir in (a, b)]
+    found.common_steps = min(map(len, lines))
+    for one, other in zip(*lines, strict=False):
+        different = {name: (one.get(name), other.get(name)) for name in EXACT if one.get(name) != other.get(name)}
+        if different:
+            found.first_step = one["step"]
+            return different
+    return {}
