@@ -86,7 +86,7 @@ def test_killed_at_random_moments_and_resumed_each_time_it_ends_as_the_unbroken_
         with start(tmp_path, "killed") as process:
             # It has gone on from its checkpoint, and past it: the kill lands inside the loop.
             wanted = newest + chance.randint(1, 4)
-            wait_for(lambda wanted=wanted: len(lines(run)) >= wanted and len(lines(run)) != before, process)
+            wait_for(lambda now=before, wanted=wanted: len(lines(run)) >= wanted and len(lines(run)) != now, process)
             time.sleep(chance.uniform(0, 0.08))
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
