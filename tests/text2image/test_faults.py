@@ -161,3 +161,72 @@ def test_three_resumes_within_one_epoch_mid_accumulation_end_as_the_unbroken_run
         finish(tmp_path, "broken", *more, f"train.max_steps={last}", f"data.num_workers={last % 2 * 2}")
     finish(tmp_path, "whole", *more, "train.max_steps=8")
     assert equal(tmp_path / "broken", tmp_path / "whole", 8)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """Rank -> process id of the trainers below a launcher."""
+    import psutil
+
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            rank = process.environ().get("RANK")
+        except psutil.Error:
+            continue
+        if rank is not None and "train.py" in " ".join(process.cmdline()):
+            found.setdefault(int(rank), process.pid)  # parents come before the children they forked
+    return found
+
+
+def start_two_ranks(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), *TRAIN[1:]]
+    arguments = ["--config", str(config), "--output-dir", str(folder / "run"), "--resume", "auto"]
+    return subprocess.Popen(
+        [*launcher, *arguments, "--set", "checkpoint.every_steps=100000", *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_signal_to_one_rank_of_two_stops_both_after_the_same_step(tmp_path: Path):
+    run = tmp_path / "run"
+    for _ in range(2):
+        before = len(lines(run))
+        with start_two_ranks(tmp_path) as launcher:
+            wait_for(lambda now=before: len(lines(run)) > now + 2, launcher)
+            os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+            output, _ = launcher.communicate(timeout=60)
+        status = json.loads((run / "run_manifest.json").read_text())["status"]
+        assert (status["state"], status["exit_code"]) == ("stopped", 75), output
+        assert RunDir(run).checkpoint_steps()[-1] == len(lines(run))
+
+
+def test_a_killed_rank_ends_the_whole_job_in_seconds_and_leaves_the_checkpoints_whole(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    with start_two_ranks(tmp_path, "checkpoint.every_steps=2") as launcher:
+        wait_for(lambda: len(lines(run.path)) > 6, launcher)
+        killed = time.monotonic()
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+        output, _ = launcher.communicate(timeout=60)
+        assert time.monotonic() - killed < 15, "the target; a machine this slow needs a look"
+    assert launcher.returncode != 0, output
+    assert run.checkpoint_steps()
+    assert all(fault_of(run, step) is None for step in run.checkpoint_steps())
+
+
+def test_a_killed_loader_worker_ends_the_run_and_is_named(tmp_path: Path):
+    import psutil
+
+    with start(tmp_path, "run", "data.num_workers=1") as process:
+        wait_for(lambda: len(lines(tmp_path / "run")) > 2, process)
+        worker = psutil.Process(process.pid).children()[0].pid
+        os.kill(worker, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"DataLoader worker (pid {worker}) is killed" in output or f"(pid(s) {worker}) exited" in output
+    assert json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]["state"] == "failed"
