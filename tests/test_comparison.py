@@ -39,7 +39,7 @@ def test_a_changed_rate_is_named_with_the_first_step_whose_numbers_it_changes(tm
     assert main(["diff", a, b]) == 1
     output = capsys.readouterr().out
     assert "  lr.kind: 'constant' -> 'linear'" in output
-    assert "metrics: differ first at step 2\n" in output, "the first step of both has the peak rate"
+    assert "metrics: differ first at step 3\n" in output, "the first two steps of both have the peak rate"
 
 
 def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):

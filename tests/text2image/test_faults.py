@@ -132,7 +132,7 @@ def test_without_any_whole_checkpoint_the_resume_is_refused_and_names_each(tmp_p
 def test_a_full_disk_costs_saves_and_not_the_run_until_three_in_a_row_fail(tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk]).returncode:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk]).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
         finish(tmp_path, "disk/run", "train.max_steps=2")
