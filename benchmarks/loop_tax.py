@@ -30,6 +30,7 @@ from torch import Tensor
 from trainer import loop
 from trainer.config import Config
 from trainer.config_file import LoadedConfig
+from trainer.control import Control
 from trainer.data.loader import Batch
 from trainer.hook import MainHook, RunView
 from trainer.hooks.metrics import Metrics
@@ -39,7 +40,6 @@ from trainer.preflight import preflight
 from trainer.run.metrics import read as read_metrics
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.stop import StopRequest
 from trainer.training import Training, assemble
 
 NAMES = ("bare", "bare again", "difftrain")
@@ -123,11 +123,11 @@ class OurLoop:
     def turn(self) -> Spent:
         """Train on every batch once, and say what the loop took."""
         self.training.state.step = 0
-        stop = StopRequest()
+        control = Control()
         try:
-            loop.run(self.training, self.hooks, stop, print)
+            loop.run(self.training, self.hooks, control, print)
         finally:
-            stop.close()
+            control.close()
         return self.clock.spent
 
 

@@ -35,8 +35,8 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
     """The differences of two run directories; raises UserError if one of them is not the folder of a run."""
     manifests = read_manifest(a.manifest), read_manifest(b.manifest)
     found = Comparison()
-    configs = [load_config(run_dir.resolved_config).config.model_dump(mode="json") for run_dir in (a, b)]
-    found.sections["config"] = differences(*configs)
+    ours, theirs = (load_config(run_dir.resolved_config).config.model_dump(mode="json") for run_dir in (a, b))
+    found.sections["config"] = differences(ours, theirs)
     found.sections["config"].pop("train.output_dir", None)  # where it lies is not what it is
     found.sections["environment"] = _pairs(*(json.loads(run_dir.environment.read_bytes()) for run_dir in (a, b)))
     for section in ("git", "model", "data", "topology"):

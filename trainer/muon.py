@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every weight that has a gradient."""
         assert closure is None, "the loss is computed once, before the step"
         for group in self.param_groups:
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
             alike[weight.flatten(1).shape].append(weight)
         for shape, batch in alike.items():
             momenta = torch.stack([self.state[weight]["momentum"].flatten(1) for weight in batch])
-            gradients = torch.stack([weight.grad.flatten(1) for weight in batch])
+            gradients = torch.stack([weight.grad.flatten(1) for weight in batch if weight.grad is not None])
             updates = orthogonalised(gradients.lerp_(momenta, group["momentum"]))  # Nesterov's momentum
             # Liu et al. 2025, eq. 4: the update's root mean square is then about that of AdamW, 0.2 times lr.
             updates *= -0.2 * math.sqrt(max(shape)) * group["lr"]
