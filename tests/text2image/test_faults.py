@@ -19,6 +19,8 @@ from trainer.checkpoint import fault_of
 from trainer.hooks.checkpointing import tensors
 from trainer.run.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(ROOT / "trainer" / "train.py")]
 KILLS = int(os.environ.get("DIFFTRAIN_KILLS", "20"))
@@ -75,8 +77,6 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> 
         time.sleep(0.002)
 
 
-@pytest.mark.slow
-@pytest.mark.text2image
 def test_killed_at_random_moments_and_resumed_each_time_it_ends_as_the_unbroken_run(tmp_path: Path):
     chance, run = random.Random(1), tmp_path / "killed"
     lost = []
