@@ -50,8 +50,8 @@ class AdamW(Adam):
 class Muon(Adam):
     """Orthogonalised momentum for matrices and convolutions (Jordan et al. 2024), AdamW for all other weights.
 
-    Scaled so that both take the same learning rate (Liu et al. 2025, eq. 4). From random weights it learns more from the
-    same samples than AdamW does (docs/demo.md), at the price of matrix products in every step.
+    Scaled so that both take the same learning rate (Liu et al. 2025, eq. 4). From random weights it learns more from
+    the same samples than AdamW does (docs/demo.md), at the price of matrix products in every step.
     """
 
     kind = "muon"
