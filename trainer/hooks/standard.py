@@ -49,14 +49,14 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
             name: _version(name) for name in ("torch", "accelerate", "diffusers", "transformers", "difftrain")
         },
     }
-    validation, saving = config.validation, config.checkpoint
+    validation, checkpoint = config.validation, config.checkpoint
     if validation is not None and training.held_out is not None:
         hooks.append(HeldOutLoss(every_steps=validation.every_steps, max_steps=config.train.max_steps))
     hooks.append(
         Checkpointing(
-            every_steps=saving.every_steps,
-            retention=Retention(saving.keep_last, saving.keep_every_steps, saving.keep_best),
-            background=saving.background,
+            every_steps=checkpoint.every_steps,
+            retention=Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best),
+            background=checkpoint.background,
             sidecar_facts=sidecar,
         )
     )
