@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, ClassVar
 
@@ -47,11 +48,13 @@ class ManifestFile(MainHook):
     def _list_checkpoints(self, run_dir: RunDir) -> None:
         """What is committed by now: a save in the background joins at the next one, or at the end."""
         assert self._manifest is not None, "on_start comes first"
-        steps = run_dir.checkpoint_steps()
-        for step in steps:
-            sidecar = json.loads(run_dir.sidecar(step).read_bytes())  # ours: damaged ones were set aside at the start
-            self._manifest.add_checkpoint(step, sidecar["file"], sidecar["sha256"], sidecar["bytes"])
-        self._manifest.keep_checkpoints(steps)
+        sidecars = []
+        for step in run_dir.checkpoint_steps():
+            with contextlib.suppress(FileNotFoundError):  # the save in the background has just pruned it
+                sidecars.append(json.loads(run_dir.sidecar(step).read_bytes()))  # damaged ones were set aside
+        for sidecar in sidecars:
+            self._manifest.add_checkpoint(sidecar["step"], sidecar["file"], sidecar["sha256"], sidecar["bytes"])
+        self._manifest.keep_checkpoints(sidecar["step"] for sidecar in sidecars)
 
     def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:
         if self._manifest is not None:
