@@ -48,7 +48,7 @@ def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):
     assert main(["diff", a, b]) == 1
     output = capsys.readouterr().out
     assert "  fingerprint: " in output
-    assert "metrics: differ first at step 1\n  loss: " in output
+    assert "metrics: differ first at step 1\n  batch: " in output
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):

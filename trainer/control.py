@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from enum import IntEnum
 from types import FrameType
+from typing import Protocol
 
 from trainer.run.rundir import RunDir
 
@@ -19,6 +20,16 @@ class Asked(IntEnum):
     NOTHING = 0
     SAVE = 1
     STOP = 2  # and save
+
+
+class Asks(Protocol):
+    """What the loop asks after every step."""
+
+    why: str  # it is asked to stop
+
+    def asked(self) -> Asked:
+        """What is asked now."""
+        ...
 
 
 SAME_REQUEST_SECONDS = 5.0  # a launcher passes on the signal that the terminal has already sent to all

@@ -31,6 +31,7 @@ class Hook(Part, home="trainer.hooks"):
     """Something that happens around the steps."""
 
     saves: ClassVar[bool] = False  # acts also after a step at which someone asked for a checkpoint
+    repeatable: ClassVar[bool] = False  # `difftrain reproduce` measures it again: a function of config and step
 
     def check(self, config: Config) -> None:
         """Raise UserError if this hook cannot do its work in a run of `config`: before anything slow."""
@@ -64,7 +65,7 @@ class CollectiveHook(Hook):
     def on_start(self, training: Training) -> None:
         """Before the first step of this start, new or resumed."""
 
-    def measure(self, training: Training) -> dict[str, float]:
+    def measure(self, training: Training) -> dict[str, Any]:
         """What joins the metrics line of a step that `due` names."""
         return {}
 

@@ -14,13 +14,13 @@ from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
 if TYPE_CHECKING:
-    from trainer.control import Control
+    from trainer.control import Asks
     from trainer.training import Training
 
 Say = Callable[[str], None]
 
 
-def run(training: Training, hooks: Sequence[Hook], control: Control, say: Say) -> None:
+def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> None:
     """Train to the last step; raises Stopped, Diverged or StorageFailed for the other ways a run can end."""
     crew = Crew(training, hooks, say)
     try:
@@ -35,7 +35,7 @@ def run(training: Training, hooks: Sequence[Hook], control: Control, say: Say) -
     crew.end("done", 0, f"{training.state.step} steps")
 
 
-def _steps(training: Training, crew: Crew, control: Control) -> None:
+def _steps(training: Training, crew: Crew, control: Asks) -> None:
     train, state = training.config.train, training.state
     batches = training.batches(state.step, train.max_steps)
     pending = PendingMetrics(training)
@@ -81,12 +81,14 @@ class PendingMetrics:
         batch = self.training.topology.global_batch
         per_step = (self.seconds + time.perf_counter() - started) / len(self.results)
         memory = self.training.runtime.peak_memory_bytes()
+        digests = self.training.runtime.sum_modulo([result.batch_digest for result in self.results])
         lines = []
-        for result, (loss, cut, grad_norm, skipped) in zip(self.results, numbers, strict=True):
+        for result, digest, (loss, cut, grad_norm, skipped) in zip(self.results, digests, numbers, strict=True):
             self.bad_steps = self.bad_steps + 1 if skipped else 0
             lines.append(
                 {
                     "step": result.step,
+                    "batch": f"{digest:016x}",
                     "loss": loss,
                     "lr": result.lr,
                     "grad_norm": grad_norm,

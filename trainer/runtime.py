@@ -143,6 +143,13 @@ class Runtime:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(values.item())
 
+    def sum_modulo(self, values: list[int]) -> list[int]:
+        """Each of `values` summed over the ranks, modulo 2**64, the same answer on all."""
+        sums = torch.tensor([_signed(value) for value in values], dtype=torch.int64)
+        if self.world_size > 1:
+            dist.all_reduce(sums, group=self._host_group)  # overflows as two's complement does
+        return [value % 2**64 for value in sums.tolist()]
+
     def gather(self, item: Any) -> list[Any]:
         """The `item` of every rank, in rank order, on all ranks."""
         if self.world_size == 1:
@@ -192,6 +199,11 @@ class Runtime:
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.use_deterministic_algorithms(False)
+
+
+def _signed(value: int) -> int:
+    """The number of 64 bits with a sign that has the low bits of `value`."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _host_group() -> dist.ProcessGroup:

@@ -27,36 +27,32 @@ class StepResult:
     sums: Tensor  # [2] global loss, captions cut; summed over micro batches and ranks
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed, else 0.0
+    batch_digest: int  # of what this rank was fed, 64 bits; the sum over the ranks is that of the global batch
     data_wait_seconds: float
 
 
 def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
     """Advance `training.state` by one step over this rank's share of the global batch."""
     config, runtime, state = training.config, training.runtime, training.state
-    objective, weighting = config.objective, config.weighting
     topology = training.topology
     optimizer, weights = state.optimizer, state.weights()
 
     # 1. Gradients of the weighted mean loss over the global batch, accumulated over micro batches and ranks.
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(2, device=runtime.device)
-    waited = 0.0
+    digest, waited = 0, 0.0
     for turn in range(topology.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = batch.to(runtime.device)
-        runtime.seed_dropout(draw_seed(config.train.seed, "dropout", batch.slots[0]))
         with runtime.sync_gradients_if(turn == topology.accumulation - 1, training.model):
-            x0 = training.latent_source.latents(batch)
-            x_t, target = objective.corrupt(x0, batch.eps, batch.t)
-            pred = training.model(x_t, objective.model_time(batch.t), batch.tokens)
-            weight = weighting.weight(objective.snr(batch.t), objective.x0_factor(batch.t))
             # Divided once, by the global count: how the batch is cut into ranks and micro batches cannot matter.
-            loss = (weight * objective.loss(pred, target)).sum() / topology.global_batch
+            loss = sample_losses(training, batch).sum() / topology.global_batch
             runtime.backward(loss * topology.world_size)  # DDP averages over the ranks; the gradient is their sum
         sums[0] += loss.detach()
         sums[1] += batch.captions_cut
+        digest += batch.digest
 
     # 2. Clip, and find out whether the gradient is finite: its norm is, if and only if all of it is.
     runtime.unscale(optimizer)
@@ -77,7 +73,18 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
         state.ema.update(weights, state.step, skipped)
 
     state.step += 1
-    return StepResult(state.step, lr, runtime.sum(sums), grad_norm, skipped, waited)
+    return StepResult(state.step, lr, runtime.sum(sums), grad_norm, skipped, digest, waited)
+
+
+def sample_losses(training: Training, batch: Batch) -> Tensor:
+    """The weighted loss of each sample, [B] float32, of a micro batch that is on the device."""
+    objective, weighting = training.config.objective, training.config.weighting
+    training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
+    x0 = training.latent_source.latents(batch)
+    x_t, target = objective.corrupt(x0, batch.eps, batch.t)
+    pred = training.model(x_t, objective.model_time(batch.t), batch.tokens)
+    weight = weighting.weight(objective.snr(batch.t), objective.x0_factor(batch.t))
+    return weight * objective.loss(pred, target)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trainer.data.fingerprint import counted
+
 EXAMPLE = "difftrain diff runs/mine-001 runs/mine-002"
 AT_MOST = 12  # lines a section
 
@@ -31,7 +33,19 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {name}: {_short(one)} -> {_short(other)}")
         if len(different) > AT_MOST:
             print(f"  and {len(different) - AT_MOST} more")
+        if section == "data" and "fingerprint" in different:
+            _print_records(found.records)
     return 0 if found.equal else 1
+
+
+def _print_records(changed: dict[str, str] | None) -> None:
+    print(
+        f"records: {'not listed by both runs, so which differ is not known' if changed is None else counted(changed)}"
+    )
+    for key, what in list((changed or {}).items())[:AT_MOST]:
+        print(f"  {_short(key)}: {what}")
+    if changed and len(changed) > AT_MOST:
+        print(f"  and {len(changed) - AT_MOST} more")
 
 
 def _short(value: object) -> str:

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from trainer.verification import verify
 
     looked_at = faults = 0
-    for finding in verify(RunDir(args.folder)):
+    for finding in verify(RunDir(args.folder), print):
         looked_at, faults = looked_at + 1, faults + (finding.fault is not None)
         print(f"{'ok     ' if finding.fault is None else 'CHANGED'}  {finding.name}  {finding.fault or ''}".rstrip())
     print(f"{looked_at} looked at, {faults} not as recorded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -30,7 +31,8 @@ class Batch:
 
     slots: list[int]
     keys: list[str]
-    captions: list[str]
+    captions: list[str]  # as trained on: chosen among the record's, or dropped
+    digest: int  # of slots, keys and captions; the sum of them over ranks and micro batches names what a step was fed
     captions_cut: int  # captions too long for the text encoder
     pixels: Tensor | None  # [B, 3, H, W] float32 in [-1, 1]; None if the latents come from a cache
     moments: Tensor | None  # [B, 2, C, h, w] float32 from the cache: mean and standard deviation of the posterior
@@ -80,11 +82,13 @@ class Samples(torch.utils.data.Dataset[Any]):
         """The samples of `slots`; raises UserError for a picture that cannot be read."""
         indices = [self.plan.record(slot) for slot in slots]
         captions = [self.caption(slot, index) for slot, index in zip(slots, indices, strict=True)]
+        keys = [self.records[index].key for index in indices]
         tokens, cut = self.tokenize(captions)
         return Batch(
             slots=slots,
-            keys=[self.records[index].key for index in indices],
+            keys=keys,
             captions=captions,
+            digest=digest(slots, keys, captions),
             captions_cut=cut,
             pixels=None if self.moments is not None else torch.stack(list(map(self.pixels, slots, indices))),
             moments=None if self.moments is None else self.moments[indices],
@@ -108,6 +112,15 @@ class Samples(torch.utils.data.Dataset[Any]):
         u_y = 0.5 if centre else uniform(self.seed, "crop_y", slot)
         flip = self.source.random_flip and uniform(self.seed, "flip", slot) < 0.5
         return to_tensor(fit(self.records.image(index), self.source.image_size, u_x, u_y, flip))
+
+
+def digest(slots: Sequence[int], keys: Sequence[str], captions: Sequence[str]) -> int:
+    """A number of 64 bits for what these slots were fed: the sum over the samples, so that no order or cut matters."""
+    total = 0
+    for sample in zip(slots, keys, captions, strict=True):
+        name = "\0".join(map(str, sample)).encode("utf-8", "surrogatepass")
+        total += int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+    return total % 2**64
 
 
 class SlotSchedule(torch.utils.data.Sampler[list[int]]):

@@ -17,6 +17,7 @@ from trainer.hooks.sample_grid import SampleGrid
 from trainer.preflight import Preflight
 from trainer.resume import differences_from
 from trainer.run.environment import snapshot
+from trainer.run.manifest import config_facts
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Found
@@ -25,24 +26,12 @@ if TYPE_CHECKING:
 
 def standard_hooks(checked: Preflight, training: Training, start: Found | None) -> list[Hook]:
     """Truth first (manifest, metrics), then what may fail, then the config's own hooks."""
-    config, runtime = training.config, training.runtime
-    facts = checked.manifest_facts([sys.argv[0], *sys.argv[1:]], training.components.provenance)
-    changed = differences_from(start.load()["config"], config) if start else {}
-    hooks: list[Hook] = []
-    if runtime.is_main:
-        hooks += [
-            ManifestFile(
-                facts=facts,
-                environment=snapshot(runtime.device_facts()),
-                resolved_config=config.to_yaml(),
-                config_changes={key: {"was": old, "now": new} for key, (old, new) in changed.items()},
-                checkpoint_every=config.checkpoint.every_steps,
-            ),
-            Metrics(),
-            Progress(),
-        ]
+    config = training.config
+    hooks = truth_hooks(checked, training, start)
+    if training.runtime.is_main:
+        hooks.append(Progress())
     sidecar = {
-        "config_sha256": facts["config"]["resolved_sha256"],
+        "config_sha256": config_facts("", "", config.to_yaml())["resolved_sha256"],
         "data_fingerprint": checked.data_fingerprint,
         "model_files": training.components.provenance.files,
         "versions": {
@@ -63,6 +52,25 @@ def standard_hooks(checked: Preflight, training: Training, start: Found | None) 
     if validation is not None and validation.prompts:
         hooks.append(SampleGrid(max_steps=config.train.max_steps, **validation.model_dump(exclude={"max_records"})))
     return [*hooks, *config.hooks]
+
+
+def truth_hooks(checked: Preflight, training: Training, start: Found | None) -> list[Hook]:
+    """The manifest and the metrics, on rank 0: what no run goes without."""
+    config, runtime = training.config, training.runtime
+    if not runtime.is_main:
+        return []
+    changed = differences_from(start.load()["config"], config) if start else {}
+    return [
+        ManifestFile(
+            facts=checked.manifest_facts([sys.argv[0], *sys.argv[1:]], training.components.provenance),
+            environment=snapshot(runtime.device_facts()),
+            resolved_config=config.to_yaml(),
+            config_changes={key: {"was": old, "now": new} for key, (old, new) in changed.items()},
+            checkpoint_every=config.checkpoint.every_steps,
+            leaves=checked.leaves,
+        ),
+        Metrics(),
+    ]
 
 
 def _version(package: str) -> Any:
