@@ -35,9 +35,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adherence", "denoiser", "grid", "latent_cache", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
-    ("checkpoint", "control", "loop", "preflight", "resume", "runtime", "state", "step", "training"),  # one run
+    (  # one run
+        *("checkpoint", "control", "failure", "loop", "peers", "preflight", "resume", "runtime", "state", "step"),
+        "training",
+    ),
     ("hooks",),  # what happens around its steps
-    ("comparison", "draw", "dry_run", "launch", "verification"),  # whole jobs
+    ("comparison", "draw", "dry_run", "launch", "repetition", "replay", "reproduction", "verification"),  # whole jobs
     ("__main__", "cli", "commands", "train"),  # the command line
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

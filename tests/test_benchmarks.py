@@ -60,3 +60,34 @@ def test_demo_step_times_the_demo_with_one_thing_taken_away_at_a_time(tmp_path):
     assert result["ratios"]["as it is"] == [1.0]
     assert {"encoded at every step", "77 tokens a prompt"} <= set(result["ratios"])
     assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios)
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_checkpoints_times_saves_beside_torch_save_and_resumes_early_and_late(tmp_path):
+    smallest = ["--rounds", "1", "--saves", "2", "--every", "4", "--channels", "16", "16", "--resumes", "1"]
+    result = benchmark("checkpoints.py", tmp_path / "saves.json", *smallest, "--late", "30000")
+    saving, resuming = result["saving"], result["resuming"]
+    assert {"no saves", "torch.save", "copy alone", "in the background", "background=false"} <= set(saving)
+    assert saving["torch.save"]["ratios"] == [1.0]
+    assert saving["no saves"]["costs"] == [0.0]
+    assert all(row["step"] > 0 and 0 < row["longest"] <= row["worst"] for row in saving.values())
+    assert result["checkpoint_bytes"] > 0
+    assert set(resuming) == {"step 10", "step 10, again", "step 30,000"}
+    for row in resuming.values():
+        parts = dict(row["seconds"])
+        assert parts.pop("wall") == pytest.approx(sum(parts.values()))
+        assert min(parts.values()) > 0
+
+
+@pytest.mark.text2image
+def test_exactness_compares_modes_and_draws(tmp_path):
+    smallest = ["--sets", "1", "--rounds", "1", "--steps", "2", "--batch", "2", "--image-size", "32", "--repeats", "3"]
+    result = benchmark("exactness.py", tmp_path / "exactness.json", *smallest)
+    for clock, modes in result["modes"].items():
+        assert set(modes) == {"normal", "normal again", "deterministic"}
+        assert modes["normal"]["speeds_of_sets"] == [1.0]
+        assert result["speed"][clock] == modes["deterministic"]["speed"] > 0
+    assert {"noise 4x64x64", "posterior 4x8x8", "time", "caption"} <= set(result["draw_microseconds"])
+    assert all(microseconds > 0 for microseconds in result["draw_microseconds"].values())
+    assert result["draws_of_a_step"]["share"] > 0

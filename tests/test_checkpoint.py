@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import Retention, find_newest, save_checkpoint
+from trainer.checkpoint import FORMAT, Retention, fault_of, find_newest, save_checkpoint
 from trainer.cli import main
+from trainer.errors import UserError
 from trainer.hooks.checkpointing import copied, tensors
+from trainer.run.files import sha256_file
 from trainer.run.rundir import RunDir
 
 CONFIG = """\
@@ -153,3 +156,89 @@ def test_a_truncated_checkpoint_is_passed_over(two_checkpoints: RunDir, left: fl
     assert start.path == two_checkpoints.checkpoint(1)
     assert "checkpoint-2" in heard[0]
     assert "checkpoint-1" in heard[0]
+
+
+def rewritten(run_dir: RunDir, step: int, version: int, **facts: Any) -> None:
+    """Make the checkpoint of `step` one of another format: a content and a sidecar that agree, of the same layout."""
+    path = run_dir.checkpoint(step)
+    torch.save(torch.load(path, weights_only=True) | {"format": version}, path)
+    sidecar = json.loads(run_dir.sidecar(step).read_text()) | {"format": version, **facts}
+    sidecar |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    run_dir.sidecar(step).write_text(json.dumps(sidecar))
+
+
+def as_format_1_left_it(run_dir: RunDir, step: int) -> None:
+    """Make a run what the version before FORMAT 2 wrote: a fingerprint of sizes, and no list of the records."""
+    old = hashlib.sha256(b"keys, captions and sizes").hexdigest()
+    rewritten(run_dir, step, 1, data_fingerprint=old)
+    manifest = json.loads(run_dir.manifest.read_text())
+    del manifest["data"]["fingerprint_format"]
+    manifest["data"]["fingerprint"] = old
+    manifest["checkpoints"] = [entry for entry in manifest["checkpoints"] if entry["step"] != step]
+    run_dir.manifest.write_text(json.dumps(manifest))
+    run_dir.records.unlink()
+
+
+def test_a_checkpoint_of_format_1_resumes_and_ends_as_the_unbroken_run_to_the_bit(tmp_path: Path, capsys):
+    whole, broken, branch = tmp_path / "whole", tmp_path / "broken", tmp_path / "branch"
+    assert train(whole) == 0
+    assert train(broken, "--set", "train.max_steps=2") == 0
+    as_format_1_left_it(RunDir(broken), 2)
+    assert fault_of(RunDir(broken), 2) is None
+    assert main(["verify", str(broken)]) == 0
+    assert "ok       data (of another kind of fingerprint: not compared)" in capsys.readouterr().out
+    assert train(branch, "--resume", str(RunDir(broken).checkpoint(2)), "--set", "train.max_steps=4") == 0
+    assert train(branch, "--resume", "auto") == 0
+    capsys.readouterr()
+    assert train(broken, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-2.pt is of format 1: whether the data are still the same cannot be told\n" in said
+    for run in (broken, branch):
+        ours, theirs = (torch.load(RunDir(folder).checkpoint(6), weights_only=True) for folder in (run, whole))
+        assert ours["format"] == FORMAT
+        for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+            assert torch.equal(a, b)
+        assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+    assert RunDir(broken).records.is_file()
+    assert train(broken, "--resume", "auto", "--set", "train.max_steps=8") == 0
+    assert "is of format" not in capsys.readouterr().out
+    assert main(["verify", str(broken)]) == 0
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over_for_an_older_one(tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--set", "train.max_steps=4") == 0
+    rewritten(RunDir(run), 4, FORMAT + 1)
+    sidecar = json.loads(RunDir(run).sidecar(4).read_text())
+    del sidecar["sha256"]  # a newer format may call it by another name
+    RunDir(run).sidecar(4).write_text(json.dumps(sidecar))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert train(run, "--resume", "auto") == 2
+    said = capsys.readouterr().err
+    assert f"the checkpoint is of format {FORMAT + 1}, this version reads up to {FORMAT}\n" in said
+    assert "checkpoint-4.json" in said
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert main(["verify", str(run)]) == 1
+    assert f"CHANGED  checkpoint-4.pt  the checkpoint is of format {FORMAT + 1}" in capsys.readouterr().out
+
+
+def test_a_newer_content_under_todays_sidecar_is_refused(two_checkpoints: RunDir):
+    rewritten(two_checkpoints, 2, FORMAT + 1)
+    sidecar = json.loads(two_checkpoints.sidecar(2).read_text()) | {"format": FORMAT}
+    two_checkpoints.sidecar(2).write_text(json.dumps(sidecar))
+    found = find_newest(two_checkpoints, print)
+    assert found is not None
+    with pytest.raises(
+        UserError, match=rf"format {FORMAT + 1}, this version reads up to {FORMAT}\n  in .*checkpoint-2.pt"
+    ):
+        found.load()
+
+
+@pytest.mark.parametrize("version", [0, -1, "2", None, 1.5])
+def test_a_sidecar_of_no_format_is_damaged(two_checkpoints: RunDir, version: Any):
+    rewritten(two_checkpoints, 2, version)
+    heard: list[str] = []
+    found = find_newest(two_checkpoints, heard.append)
+    assert found is not None
+    assert found.path == two_checkpoints.checkpoint(1)
+    assert "checkpoint-2 is passed over: its sidecar cannot be read" in heard[0]

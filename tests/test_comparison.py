@@ -49,6 +49,17 @@ def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):
     output = capsys.readouterr().out
     assert "  fingerprint: " in output
     assert "metrics: differ first at step 1\n  batch: " in output
+    assert "records: 16 removed, 16 added\n  'shapes/0/0': removed\n" in output, "the seed is in their keys"
+
+
+def test_the_records_that_differ_are_named(tmp_path: Path, capsys):
+    a, b = trained(tmp_path, "a"), trained(tmp_path, "b", "data.num_images=17")
+    capsys.readouterr()
+    assert main(["diff", a, b]) == 1
+    assert "records: 1 added\n  'shapes/0/16': added\n" in capsys.readouterr().out
+    (tmp_path / "b" / "records.jsonl").unlink()
+    assert main(["diff", a, b]) == 1
+    assert "records: not listed by both runs" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_an_edited_caption_is_found(trained: Path, copy: Path, capsys):
         assert changed(copy, capsys) == (1, ["data"])
     finally:
         metadata.write_text(before)
+
+
+def test_a_picture_changed_behind_an_unchanged_size_and_mtime_is_found_and_named(trained: Path, copy: Path, capsys):
+    picture = trained / "data" / "2.png"
+    before, times = picture.read_bytes(), (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
+    try:
+        picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        os.utime(picture, ns=times)
+        assert main(["verify", str(copy)]) == 1
+        assert "; 1 record: '2.png' picture changed\n" in capsys.readouterr().out
+    finally:
+        picture.write_bytes(before)
+        os.utime(picture, ns=times)
+    assert changed(copy, capsys) == (0, [])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):

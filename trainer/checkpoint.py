@@ -13,13 +13,34 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from trainer.errors import UserError
 from trainer.run.files import fault_point, open_atomic, sha256_file, write_json
 from trainer.run.rundir import RunDir
 
-FORMAT = 1
+FORMAT = 2
+
+Migrated = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Migration(NamedTuple):
+    """How a checkpoint of one format becomes one of the next; the files stay as they are."""
+
+    content: Migrated
+    sidecar: Migrated
+    lost: str  # what the next format cannot know of it, as a line for people
+
+
+# By the format that it leaves behind.
+MIGRATIONS = {
+    1: Migration(
+        content=lambda content: content,
+        # A hash of keys, captions and file sizes: it says nothing of the hash of contents that is compared now.
+        sidecar=lambda sidecar: sidecar | {"data_fingerprint": None},
+        lost="whether the data are still the same cannot be told",
+    )
+}
 
 
 def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +87,7 @@ def prune_checkpoints(run_dir: RunDir, retention: Retention) -> list[int]:
 
     The sidecar goes first, so that a kill in between leaves a file without a sidecar: no checkpoint.
     """
-    losses = {step: _sidecar(run_dir, step).get("validation_loss") for step in run_dir.checkpoint_steps()}
+    losses = {step: _read(run_dir.sidecar(step)).get("validation_loss") for step in run_dir.checkpoint_steps()}
     kept = retention.kept(losses)
     for step in losses.keys() - kept:
         os.unlink(run_dir.sidecar(step))
@@ -79,7 +100,12 @@ class Found:
     """A checkpoint whose content is what its sidecar says."""
 
     path: Path
-    sidecar: dict[str, Any]
+    sidecar: dict[str, Any]  # in today's format
+    format: int = FORMAT  # in which it was written
+
+    def lost(self) -> list[str]:
+        """What a checkpoint of an older format does not say."""
+        return [MIGRATIONS[version].lost for version in range(self.format, FORMAT)]
 
     def load(self) -> dict[str, Any]:
         """The content, tensors on the CPU; raises UserError if it is of another format."""
@@ -87,20 +113,33 @@ class Found:
 
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            version = content["format"]
+            return _in_todays_format(content, "content", self.path)
         except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"this is not a checkpoint of difftrain: {first}", str(self.path)) from None
-        if version != FORMAT:
-            raise UserError(f"checkpoint format {version}, this version reads {FORMAT}", str(self.path))
-        return content
+
+
+def _in_todays_format(document: dict[str, Any], part: Literal["content", "sidecar"], path: Path) -> dict[str, Any]:
+    """A content or sidecar of any format up to ours; raises UserError for a newer one, KeyError for an unknown one."""
+    if document["format"] > FORMAT:
+        raise UserError(
+            f"the checkpoint is of format {document['format']}, this version reads up to {FORMAT}",
+            str(path),
+            "update difftrain",
+        )
+    while (version := document["format"]) != FORMAT:
+        document = getattr(MIGRATIONS[version], part)(document) | {"format": version + 1}
+    return document
 
 
 def fault_of(run_dir: RunDir, step: int) -> str | None:
-    """Why the checkpoint of `step` cannot be used, or None; reads and hashes all of it."""
+    """Why the checkpoint of `step` cannot be used, or None; reads and hashes all of it.
+
+    Raises UserError if a newer difftrain wrote it: it is whole perhaps, and must not be passed over for an older one.
+    """
     path = run_dir.checkpoint(step)
     try:
-        sidecar = json.loads(run_dir.sidecar(step).read_text(encoding="utf-8"))
+        sidecar = _sidecar(run_dir, step)
         expected, size = sidecar["sha256"], sidecar["bytes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its sidecar cannot be read ({error})"
@@ -114,7 +153,7 @@ def fault_of(run_dir: RunDir, step: int) -> str | None:
 
 
 def find(run_dir: RunDir, step: int) -> Found:
-    """The checkpoint of `step`; raises UserError if there is none or it is damaged."""
+    """The checkpoint of `step`; raises UserError if there is none, it is damaged, or a newer difftrain wrote it."""
     if not run_dir.sidecar(step).is_file():
         there = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
         raise UserError(f"there is no checkpoint of step {step}", str(run_dir.path), f"there are: {there}")
@@ -124,18 +163,22 @@ def find(run_dir: RunDir, step: int) -> Found:
 
 
 def _found(run_dir: RunDir, step: int) -> Found:
-    return Found(run_dir.checkpoint(step), _sidecar(run_dir, step))
+    return Found(run_dir.checkpoint(step), _sidecar(run_dir, step), _read(run_dir.sidecar(step))["format"])
 
 
 def _sidecar(run_dir: RunDir, step: int) -> dict[str, Any]:
-    return json.loads(run_dir.sidecar(step).read_text(encoding="utf-8"))
+    return _in_todays_format(_read(run_dir.sidecar(step)), "sidecar", run_dir.sidecar(step))
+
+
+def _read(sidecar: Path) -> dict[str, Any]:
+    return json.loads(sidecar.read_text(encoding="utf-8"))
 
 
 def find_newest(run_dir: RunDir, say: Callable[[str], None]) -> Found | None:
     """The newest checkpoint that verifies, or None if there is no sidecar at all; `say` hears what was passed over.
 
     Raises UserError, naming each, if there are checkpoints and none verifies: starting again at step 0 in silence would
-    throw the run away.
+    throw the run away. Raises it as well if a newer difftrain wrote the newest.
     """
     faults: dict[int, str] = {}
     for step in reversed(run_dir.checkpoint_steps()):

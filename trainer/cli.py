@@ -66,6 +66,10 @@ def guarded(action) -> int:
                 file=sys.stderr,
                 flush=True,
             )
+            if end.traceback:
+                print(end.traceback, file=sys.stderr, flush=True)
+        if end.at_once:
+            os._exit(end.exit_code)
         return end.exit_code
     except KeyboardInterrupt:
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,11 @@ from trainer.config_file import load_config
 from trainer.resume import differences
 from trainer.run.manifest import changes, read_manifest
 from trainer.run.metrics import read as read_metrics
+from trainer.run.records import changes_since, read_records
 from trainer.run.rundir import RunDir
 
-# Of a metrics line: what is a function of config and step, so that two runs of one config have it in common.
-EXACT = ("loss", "lr", "grad_norm", "skipped", "captions_cut", "images_seen")
+# Of a metrics line: all that is not a function of config and step, and the step itself.
+NOT_COMPARED = ("step", "timing")
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Comparison:
     sections: dict[str, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
     first_step: int | None = None  # the first step at which a number differs
     common_steps: int = 0
+    records: dict[str, str] | None = None  # what became of each, by key; None if the data are equal or not both listed
 
     @property
     def equal(self) -> bool:
@@ -41,6 +44,10 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
     found.sections["environment"] = _pairs(*(json.loads(run_dir.environment.read_bytes()) for run_dir in (a, b)))
     for section in ("git", "model", "data", "topology"):
         found.sections[section] = _pairs(*(manifest[section] for manifest in manifests))
+    found.sections["plugins"] = _pairs(*(manifest["config"].get("plugins", {}) for manifest in manifests))
+    if "fingerprint" in found.sections["data"]:
+        fingerprints = [manifest["data"]["fingerprint"] for manifest in manifests]
+        found.records = changes_since(a, fingerprints[0], read_records(b, fingerprints[1]))
     found.sections["metrics"] = _metrics(a, b, found)
     return found
 
@@ -54,8 +61,22 @@ def _metrics(a: RunDir, b: RunDir, found: Comparison) -> dict[str, tuple[Any, An
     lines = [read_metrics(run_dir.metrics) for run_dir in (a, b)]
     found.common_steps = min(map(len, lines))
     for one, other in zip(*lines, strict=False):
-        different = {name: (one.get(name), other.get(name)) for name in EXACT if one.get(name) != other.get(name)}
-        if different:
+        if different := line_differences(one, other):
             found.first_step = one["step"]
             return different
     return {}
+
+
+def line_differences(one: Mapping[str, Any], other: Mapping[str, Any], relative: float = 0.0) -> dict[str, Any]:
+    """What two metrics lines of one step both have and differ in, each with both values, in the order of the first.
+
+    Numbers with a fraction may differ by `relative`.
+    """
+    names = [name for name in one if name in other and name not in NOT_COMPARED]
+    return {name: (one[name], other[name]) for name in names if not _equal(one[name], other[name], relative)}
+
+
+def _equal(a: Any, b: Any, relative: float) -> bool:
+    if relative and isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=relative)
+    return a == b

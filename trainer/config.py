@@ -47,7 +47,14 @@ class TrainSection(Section):
         default=1.0, gt=0, description="Gradients are scaled down to this global norm; null turns clipping off."
     )
     max_bad_steps: int = Field(
-        default=10, ge=1, description="Steps in a row with a non-finite gradient after which the run ends as diverged."
+        default=10,
+        ge=1,
+        description="Steps in a row with a non-finite gradient after which the run ends as diverged, once they are written.",
+    )
+    collective_timeout_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="How long ranks wait for one that is silent; then the run ends and names it.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, about 30 % slower."

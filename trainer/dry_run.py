@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from trainer.failure import explained
 from trainer.launch import describe
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
@@ -17,7 +18,8 @@ from trainer.training import Training, assemble
 def dry_run(checked: Preflight) -> None:
     """Do one real step and print what it took, part by part; nothing is written."""
     config = checked.config
-    runtime = Runtime(config.train.precision, config.train.deterministic)
+    train = config.train
+    runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     say = runtime.say
     try:
         for line in checked.equations():
@@ -38,6 +40,11 @@ def dry_run(checked: Preflight) -> None:
         say(f"  {rest:34} {(peak - sum(parts.values())) / 2**30:8.3f} GiB")
         say(f"  {'peak of rank 0, measured':34} {peak / 2**30:8.3f} GiB")
         say("nothing was written")
+    except Exception as error:
+        end = explained(error, config, checked.topology)
+        if end is error:
+            raise
+        raise end from error
     finally:
         runtime.close()
 

@@ -9,6 +9,8 @@ class RunEnd(Exception):
     exit_code = 1
     state = "failed"  # as written to run_manifest.json
     of_one_rank = False  # no other rank met it: this one has to say it
+    traceback: str | None = None  # for the terminal, below the one line
+    at_once = False  # leave by os._exit: the end of the interpreter would wait for ranks that no longer answer
 
 
 class UserError(RunEnd):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from trainer import loop
 from trainer.checkpoint import Found, set_aside_after
 from trainer.control import Control
-from trainer.errors import UserError
+from trainer.errors import RunEnd, Stopped, UserError
+from trainer.failure import crashed, explained
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
@@ -22,6 +23,7 @@ from trainer.run.files import write_json
 from trainer.run.lock import RunLock
 from trainer.run.metrics import MetricsLog
 from trainer.run.metrics import read as read_metrics
+from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.training import Training, assemble
@@ -33,16 +35,30 @@ if TYPE_CHECKING:
 def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
     """Train to the last step; raises the RunEnd of every other ending."""
     config = checked.config
-    runtime = Runtime(config.train.precision, config.train.deterministic)
+    train = config.train
+    runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     control, lock = Control(run_dir if runtime.is_main else None), RunLock(run_dir.path)
+    may_hang = False
     try:
         start = runtime.from_main(lambda: _start(checked, run_dir, lock, resume, allowed, runtime.say))
         _train(checked, runtime, run_dir, lock, start, control)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
+    except Stopped:
+        raise
+    except Exception as error:
+        may_hang = runtime.may_hang_at_its_end
+        end = runtime.blame(explained(error, config, checked.topology), 0)
+        end = crashed(end, run_dir, runtime.rank, runtime.world_size)
+        if isinstance(end, RunEnd):
+            end.at_once = may_hang
+        if end is error:
+            raise
+        raise end from error
     finally:
         lock.release()
         control.close()
-        runtime.close()
+        if not may_hang:
+            runtime.close()
 
 
 def _train(
@@ -76,7 +92,13 @@ def _start(
     step = start.sidecar["step"]
     refuse_changes(start.load()["config"], checked.config, allowed, say)
     inputs = {"data_fingerprint": checked.data_fingerprint, "model_files": checked.provenance.files}
-    refuse_other_inputs(start.sidecar, inputs, allowed)
+    trained_in = RunDir(start.path.parent)
+    refuse_other_inputs(
+        start.sidecar,
+        inputs,
+        allowed,
+        lambda: changes_since(trained_in, start.sidecar["data_fingerprint"], checked.leaves()),
+    )
     if step > checked.config.train.max_steps:
         raise UserError(
             f"the checkpoint is of step {step}, past the last step",

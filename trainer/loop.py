@@ -10,6 +10,7 @@ import torch
 
 from trainer.control import Asked
 from trainer.errors import Diverged, RunEnd, Stopped
+from trainer.failure import explained
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
@@ -26,12 +27,16 @@ def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> N
     try:
         crew.start()
         _steps(training, crew, control)
-    except RunEnd as end:
-        crew.end(end.state, end.exit_code, str(end))
-        raise
     except BaseException as error:
-        crew.end("failed", 1, f"{type(error).__name__}: {error}")
-        raise
+        end = explained(error, training.config, training.topology)
+        end = training.runtime.blame(end, training.state.step)
+        if isinstance(end, RunEnd):
+            crew.end(end.state, end.exit_code, str(end))
+        else:
+            crew.end("failed", 1, f"{type(end).__name__}: {end}")
+        if end is error:
+            raise
+        raise end from error
     crew.end("done", 0, f"{training.state.step} steps")
 
 
@@ -54,10 +59,21 @@ def _steps(training: Training, crew: Crew, control: Asks) -> None:
         crew.after_step(collective, last, asked == Asked.SAVE)
         if pending.bad_steps >= train.max_bad_steps:
             raise Diverged(
-                f"the gradient was not finite in {pending.bad_steps} steps in a row, the last is step {state.step}"
+                f"the gradient was not finite in {pending.bad_steps} steps in a row, the last is step {state.step}\n"
+                f"  it was fed, by slot: {_fed(training, state.step)}\n"
+                f"  all it drew has the keys (seed {train.seed}, stream, slot); "
+                f"`difftrain replay {training.run_dir.path} --step {state.step}` computes it again, sample by sample"
             )
         if stopping and state.step < train.max_steps:
             raise Stopped(f"{control.why or 'another rank was asked to stop'}: step {state.step} is done and saved")
+
+
+def _fed(training: Training, step: int, at_most: int = 8) -> str:
+    """The records of the 1-based `step` on all ranks, from the plan."""
+    batch, samples = training.topology.global_batch, training.samples
+    slots = range((step - 1) * batch, step * batch)
+    named = [f"{slot} {samples.records[samples.plan.record(slot)].key}" for slot in slots[:at_most]]
+    return ", ".join(named) + (f" and {batch - at_most} more" if batch > at_most else "")
 
 
 class PendingMetrics:

@@ -72,8 +72,8 @@ def runtime_of(record: Recorded, checked: Preflight, say: Say) -> Iterator[Runti
 
     from trainer.runtime import Runtime
 
-    threads = torch.get_num_threads()
-    runtime = Runtime(checked.config.train.precision, checked.config.train.deterministic)
+    threads, train = torch.get_num_threads(), checked.config.train
+    runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     recorded_threads = record.environment.get("torch_threads", threads)
     if runtime.device.type == "cpu" and recorded_threads != threads:
         say(f"note   {recorded_threads} CPU threads, as the run had, instead of {threads}")

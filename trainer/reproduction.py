@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import PrivateAttr
 
 from trainer.comparison import line_differences
+from trainer.data.fingerprint import FINGERPRINT_FORMAT
 from trainer.hook import Hook, MainHook, RunView
 from trainer.preflight import Preflight
 from trainer.repetition import Recorded, Say, advance, assembled, recorded, runtime_of
 from trainer.resume import refuse_second_run
 from trainer.run.environment import snapshot
 from trainer.run.manifest import changes
+from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ OTHER_RANKS = 1e-4  # relative: sums over another number of ranks are rounded in
 class Reproduction:
     """What came out. `inputs` and `circumstances`: section -> name -> (recorded, now), empty where nothing differs."""
 
-    inputs: dict[str, dict[str, tuple[Any, Any]]]  # data, records and model: what the run was made from
+    inputs: dict[str, dict[str, tuple[Any, Any]]]  # data and model: what the run was made from
+    records: dict[str, str]  # what became of the records that changed, by key
     circumstances: dict[str, dict[str, tuple[Any, Any]]]  # code, environment: what may explain another result
     steps: int  # compared
     relative: float  # the difference that numbers with a fraction may have; 0 is equality to the bit
@@ -72,6 +75,7 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
     same_ranks = set(topologies) == {checked.topology.world_size}
     found = Reproduction(
         inputs=_inputs(record, checked),
+        records=_records(record, checked),
         circumstances={},
         steps=steps,
         relative=0.0 if same_ranks else OTHER_RANKS,
@@ -106,26 +110,39 @@ def _steps_again(
 
 
 def _inputs(record: Recorded, checked: Preflight) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """What the run was made from: the data, its records if they differ, the model's files."""
+    """What the run was made from: the data and the model's files."""
     if not _is_main():
         return {}
-    data, model = record.manifest["data"], record.manifest["model"]
-    was, now = data["fingerprint"], checked.data_fingerprint
-    found: dict[str, dict[str, tuple[Any, Any]]] = {"data": {}, "records": {}, "model": {}}
-    if was != now:
-        found["data"]["fingerprint"] = (was, now)
-        found["records"] = {}
-    files = checked.provenance.files
-    if model["files"] is not None and files is not None:
-        found["model"] = _pairs(changes(model["files"], files))
+    found: dict[str, dict[str, tuple[Any, Any]]] = {"data": {}, "model": {}}
+    if _data_changed(record, checked):
+        found["data"]["fingerprint"] = (record.manifest["data"]["fingerprint"], checked.data_fingerprint)
+    recorded, files = record.manifest["model"]["files"], checked.provenance.files
+    if recorded is not None and files is not None:
+        found["model"] = _pairs(changes(recorded, files))
     return found
+
+
+def _records(record: Recorded, checked: Preflight) -> dict[str, str]:
+    if not _is_main() or not _data_changed(record, checked):
+        return {}
+    return changes_since(record.run_dir, record.manifest["data"]["fingerprint"], checked.leaves()) or {}
+
+
+def _data_changed(record: Recorded, checked: Preflight) -> bool:
+    data = record.manifest["data"]
+    same_kind = data.get("fingerprint_format") == FINGERPRINT_FORMAT
+    return same_kind and data["fingerprint"] != checked.data_fingerprint
 
 
 def _circumstances(record: Recorded, checked: Preflight, here: dict[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
     facts = checked.manifest_facts(["reproduce"])
-    code = {name: value for name, value in record.manifest["git"].items() if name in ("commit", "diff_sha256")}
+    code, code_here = (
+        {"commit": manifest["git"]["commit"], "diff_sha256": manifest["git"]["diff_sha256"]}
+        | manifest["config"].get("plugins", {})
+        for manifest in (record.manifest, facts)
+    )
     return {
-        "code": _pairs(changes(code, {name: facts["git"][name] for name in code})),
+        "code": _pairs(changes(code, code_here)),
         "environment": _pairs(changes(record.environment, here, ignored=("time", "environment"))),
     }
 

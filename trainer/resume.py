@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from trainer.checkpoint import Found, find, find_newest
 from trainer.config import Config
+from trainer.data.fingerprint import named
 from trainer.errors import UserError
 from trainer.run.rundir import RunDir
 
@@ -19,6 +20,7 @@ FREE = (
     "train.output_dir",
     "train.micro_batch_size",
     "train.log_every",
+    "train.collective_timeout_seconds",
     "data.num_workers",
     "checkpoint",
     "validation",
@@ -33,6 +35,13 @@ FINGERPRINTS = {"data": "data_fingerprint", "model": "model_files"}
 
 def choose_start(run_dir: RunDir, resume: str, say: Callable[[str], None]) -> Found | None:
     """The checkpoint that `--resume RESUME` means, or None for step 0; raises UserError if there is none to be had."""
+    found = _chosen(run_dir, resume, say)
+    if found is not None and (lost := found.lost()):
+        say(f"note   {found.path.name} is of format {found.format}: {'; '.join(lost)}")
+    return found
+
+
+def _chosen(run_dir: RunDir, resume: str, say: Callable[[str], None]) -> Found | None:
     if resume == "none":
         refuse_second_run(run_dir)
         return None
@@ -93,11 +102,11 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
     known = {*_dotted(saved), *_dotted(config.model_dump(mode="json")), *FINGERPRINTS}
     if unknown := [name for name in allowed if name not in known]:
         raise UserError(f"--allow-change {' '.join(unknown)}: there is no such key in this config")
-    free = (*FREE, *allowed) if config.lr.depends_on_max_steps else (*FREE, *allowed, "train.max_steps")
+    free = tuple(allowed) if config.lr.depends_on_max_steps else (*allowed, "train.max_steps")
     refused = []
     for key, (old, new) in changes.items():
         line = f"{key}: {old!r} -> {new!r}"
-        if any(key == name or key.startswith(f"{name}.") for name in free):
+        if is_free(key, free):
             say(f"changed since the checkpoint: {line}")
         else:
             refused.append(line)
@@ -109,6 +118,11 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
         )
 
 
+def is_free(key: str, allowed: Sequence[str] = ()) -> bool:
+    """Whether a dotted key of the config may change between two starts: it changes no step, or is `allowed` to."""
+    return any(key == name or key.startswith(f"{name}.") for name in (*FREE, *allowed))
+
+
 def differences_from(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """The dotted keys at which `config` differs from a saved one; a key that was unknown then has its default."""
     with contextlib.suppress(ValidationError):  # a value that is no longer allowed: the raw comparison names it
@@ -116,13 +130,23 @@ def differences_from(saved: dict[str, Any], config: Config) -> dict[str, tuple[A
     return differences(saved, config.model_dump(mode="json"))
 
 
-def refuse_other_inputs(sidecar: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
-    """Raise UserError if the records or the model's files are not those that the checkpoint was trained with."""
+def refuse_other_inputs(
+    sidecar: dict[str, Any],
+    now: dict[str, Any],
+    allowed: Sequence[str],
+    changed_records: Callable[[], dict[str, str] | None],
+) -> None:
+    """Raise UserError if the records or the model's files are not those that the checkpoint was trained with.
+
+    `changed_records` says by key what became of the records, None if nobody knows.
+    """
     for name, key in FINGERPRINTS.items():
         was, found = sidecar.get(key), now[key]
         if was is not None and found is not None and was != found and name not in allowed:
+            changed = changed_records() if name == "data" else None
             raise UserError(
-                f"the {name} changed since the checkpoint: {key} was {_short(was)}, is {_short(found)}",
+                f"the {name} changed since the checkpoint: {key} was {_short(was)}, is {_short(found)}"
+                f"{'; ' + named(changed) if changed else ''}",
                 fix=f"put it back, start a new run, or allow it: --allow-change {name}",
             )
 

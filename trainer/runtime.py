@@ -6,12 +6,14 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
+from trainer.peers import Peers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,15 +27,18 @@ T = TypeVar("T")
 class Runtime:
     """This process among its peers; raises UserError for what this machine cannot do."""
 
-    def __init__(self, precision: Precision, deterministic: bool):
+    def __init__(self, precision: Precision, deterministic: bool, collective_timeout_seconds: float = 600):
         if deterministic:
             # cuBLAS reads this when CUDA starts, so it has to be set before anything asks for a device.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = False
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         has_accelerator = torch.accelerator.is_available()
+        timeout = timedelta(seconds=collective_timeout_seconds)
+        # On a GPU the host's collectives, one a step, are to notice a lost rank before NCCL ends the process for it.
+        device_timeout = timeout + timedelta(minutes=1) if has_accelerator else timeout
         if not has_accelerator and precision == "fp16":
             raise UserError(
                 "fp16 needs a GPU: without one the Accelerator would silently compute in fp32",
@@ -44,7 +49,10 @@ class Runtime:
         self._accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
             cpu=not has_accelerator,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=device_timeout),
+            ],
         )
         self.device = self._accelerator.device
         self.rank = self._accelerator.process_index
@@ -54,7 +62,10 @@ class Runtime:
         self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         self._check(deterministic)
         # Flags and gathered objects live on the host: waiting for them never waits for the GPU's queue.
-        self._host_group = _host_group() if self.world_size > 1 else None
+        self._host_group, self._peers = None, None
+        if self.world_size > 1:
+            self._host_group = _host_group(timeout)
+            self._peers = Peers(self.rank, self.world_size)
 
     def _check(self, deterministic: bool) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,6 +183,13 @@ class Runtime:
             raise outcome[1]
         return outcome[0]
 
+    def blame(self, error: BaseException, step: int) -> BaseException:
+        """The error itself if this rank is where it began; else the end that names the rank and its reason.
+
+        `step` is the number of steps done. Every rank that fails comes here, alone and at once.
+        """
+        return error if self._peers is None else self._peers.explain(error, step)
+
     def seed_dropout(self, seed: int) -> None:
         """Make layers that draw from the device's own generator (nn.Dropout) depend on `seed` alone."""
         if self.device.type == "cpu":
@@ -189,10 +207,16 @@ class Runtime:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    @property
+    def may_hang_at_its_end(self) -> bool:
+        """Whether leaving the process group would wait for a rank that no longer answers: NCCL does."""
+        return self.world_size > 1 and self.device.type == "cuda"
+
     def close(self) -> None:
         """Leave the process group, so that another run can start in this process."""
         from accelerate.state import AcceleratorState
 
+        self._peers = None
         gc.collect()  # a wrapped model that outlived its process group would end the process with an abort
         self._host_group = None
         if dist.is_initialized():
@@ -206,7 +230,7 @@ def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _host_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
+def _host_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "this rank is not in the group of all ranks"
     return group

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.checkpoint import fault_of
 from trainer.config import Config
 from trainer.config_file import load_config
+from trainer.data.fingerprint import FINGERPRINT_FORMAT, Digests, leaves, named
+from trainer.data.record import silent
 from trainer.errors import UserError
 from trainer.run.files import sha256_file
 from trainer.run.manifest import read_manifest
 from trainer.run.metrics import read as read_metrics
+from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 
 
@@ -23,8 +27,11 @@ class Finding:
     fault: str | None = None
 
 
-def verify(run_dir: RunDir) -> Iterator[Finding]:
-    """What the manifest and the sidecars name, each looked at and hashed; raises UserError if there is no manifest."""
+def verify(run_dir: RunDir, say: Callable[[str], None] = silent) -> Iterator[Finding]:
+    """What the manifest and the sidecars name, each looked at and hashed; raises UserError if there is no manifest.
+
+    `say` hears of hashing that takes long.
+    """
     manifest = read_manifest(run_dir.manifest)
     recorded = manifest["config"]["resolved_sha256"]
     resolved = run_dir.resolved_config
@@ -41,7 +48,7 @@ def verify(run_dir: RunDir) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("config", str(error))
         return
-    yield Finding("data", _of_input(lambda: config.data.open().fingerprint(), manifest["data"]["fingerprint"]))
+    yield _data(run_dir, config, manifest["data"], say)
     yield from _model_files(config, manifest["model"]["files"])
 
 
@@ -52,7 +59,10 @@ def _differs(found: str, recorded: str) -> str | None:
 def _checkpoint_fault(run_dir: RunDir, step: int, listed: str | None) -> str | None:
     if not run_dir.sidecar(step).is_file():
         return "the manifest lists it, but its sidecar is missing"
-    fault = fault_of(run_dir, step)
+    try:
+        fault = fault_of(run_dir, step)
+    except UserError as error:
+        return error.what
     if fault is None and listed is not None:
         return _differs(sha256_file(run_dir.checkpoint(step)), listed)  # a sidecar that was replaced with the file
     return fault
@@ -70,12 +80,22 @@ def _metrics_fault(run_dir: RunDir) -> str | None:
     return None if len(steps) >= newest else f"it ends at step {len(steps)}, a checkpoint is of step {newest}"
 
 
-def _of_input(now: Callable[[], str], recorded: str) -> str | None:
+def _data(run_dir: RunDir, config: Config, recorded: dict[str, Any], say: Callable[[str], None]) -> Finding:
+    """Every picture read again, whatever is remembered of it; those that changed by name, if the run lists them."""
+    if recorded.get("fingerprint_format") != FINGERPRINT_FORMAT:
+        return Finding("data (of another kind of fingerprint: not compared)")
+    was = recorded["fingerprint"]
     try:
-        found = now()
+        records = config.data.open()
+        contents = Digests(records.contents(fresh=True, say=say))
+        found = records.fingerprint(contents)
+        if found == was:
+            return Finding("data")
+        changed = changes_since(run_dir, was, leaves(records, contents))
     except UserError as error:
-        return str(error)
-    return None if found == recorded else f"its fingerprint is {found[:12]}..., recorded is {recorded[:12]}..."
+        return Finding("data", str(error))
+    fault = f"its fingerprint is {found[:12]}..., recorded is {was[:12]}..."
+    return Finding("data", f"{fault}; {named(changed)}" if changed else fault)
 
 
 def _model_files(config: Config, recorded: dict[str, str] | None) -> Iterator[Finding]:

@@ -306,7 +306,7 @@ def test_the_pixel_limit_of_the_config_is_used(tmp_path):
         open_lines(tmp_path, line("a.png"), max_pixels=15).image(0)
 
 
-def test_the_fingerprint_changes_with_key_caption_size_and_order(tmp_path):
+def test_the_fingerprint_changes_with_key_caption_content_and_order(tmp_path):
     for name in "ab":
         picture(tmp_path / f"{name}.png")
     lines = [line("a.png", ["x", "y"]), line("b.png", "z")]

@@ -2,13 +2,17 @@
 
 import pickle
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from PIL.Image import Image
 
+from trainer.config_file import load_config
 from trainer.data.plan import BatchPlan, split
-from trainer.data.record import Record, Records
+from trainer.data.record import Record, Records, silent
+from trainer.data.topology import deal
 from trainer.errors import UserError
+from trainer.preflight import preflight
 
 
 class Named(Records):
@@ -26,8 +30,8 @@ class Named(Records):
     def image(self, index: int) -> Image:
         raise NotImplementedError
 
-    def fingerprint(self) -> str:
-        return ""
+    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
+        raise NotImplementedError
 
 
 def named(n: int) -> Named:
@@ -46,6 +50,61 @@ def test_a_batch_larger_than_an_epoch_runs_on_into_the_next():
     read = [plan.record(slot) for slot in range(8)]
     assert sorted(read[:3]) == sorted(read[3:6]) == [0, 1, 2]
     assert len(set(read[6:])) == 2
+
+
+@pytest.mark.parametrize(("records", "global_batch"), [(10, 4), (3, 8), (4, 4)])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_batches_of_any_size_and_topology_read_every_record_once_an_epoch(
+    records, global_batch, world_size, micro_batch
+):
+    plan = BatchPlan(range(records), seed=7)
+    ranks = [deal(global_batch, micro_batch, rank, world_size) for rank in range(world_size)]
+    steps = -(-4 * records // global_batch)  # four epochs, the last step beyond them perhaps
+    slots = sorted(
+        slot for step in range(steps) for rank in ranks for micro_slots in rank.slots(step) for slot in micro_slots
+    )
+    assert slots == list(range(steps * global_batch)), "every slot is dealt once"
+    for epoch in range(4):
+        read = [plan.record(slot) for slot in slots[epoch * records : (epoch + 1) * records]]
+        assert sorted(read) == list(range(records)), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize(
+    ("records", "global_batch", "said"),
+    [
+        (
+            10,
+            4,
+            [
+                "run    20 steps x 4 images = 80 images = 8 epochs; "
+                "batches run on from one epoch into the next: every record counts"
+            ],
+        ),
+        (
+            3,
+            8,
+            [
+                "run    20 steps x 8 images = 160 images = 53.33 epochs; "
+                "batches run on from one epoch into the next: every record counts",
+                "note   8 images / 3 records = 2.67 reads of each per step",
+            ],
+        ),
+        (8, 4, ["run    20 steps x 4 images = 80 images = 10 epochs"]),
+    ],
+)
+def test_the_equations_say_what_becomes_of_records_that_fill_no_whole_batch(write_config, records, global_batch, said):
+    config = write_config(
+        f"""\
+model: {{kind: tiny}}
+data: {{kind: shapes, image_size: 32, num_images: {records}}}
+train: {{max_steps: 20, global_batch_size: {global_batch}}}
+objective: {{kind: epsilon}}
+lr: {{peak: 1e-4}}
+"""
+    )
+    equations = preflight(load_config(config), rank=0, world_size=1).equations()
+    start = next(index for index, line in enumerate(equations) if line.startswith("run"))
+    assert equations[start:] == said
 
 
 def test_epochs_and_seeds_have_different_orders():

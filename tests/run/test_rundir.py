@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_the_files_have_their_public_names(tmp_path):
     run = RunDir(tmp_path / "r")
     paths = [run.resolved_config, run.environment, run.manifest, run.metrics, run.checkpoint(12), run.sidecar(12)]
-    paths += [run.sample(7)]
+    paths += [run.sample(7), run.records]
     assert [path.relative_to(run.path).as_posix() for path in paths] == [
         "config.resolved.yaml",
         "env.json",
@@ -27,6 +27,7 @@ def test_the_files_have_their_public_names(tmp_path):
         "checkpoint-12.pt",
         "checkpoint-12.json",
         "samples/step-000007.png",
+        "records.jsonl",
     ]
     assert not run.path.exists()
 

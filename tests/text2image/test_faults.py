@@ -19,7 +19,7 @@ from trainer.checkpoint import fault_of
 from trainer.hooks.checkpointing import tensors
 from trainer.run.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(ROOT / "trainer" / "train.py")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,10 @@ def test_a_non_finite_gradient_changes_nothing_and_ends_the_run_after_max_bad_st
         assert train(config, tmp_path / "run", *options) == 76
     finally:
         sys.path.remove(str(tmp_path))
-    assert "not finite in 3 steps in a row" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not finite in 3 steps in a row" in said
+    assert "it was fed, by slot: 8 shapes/0/" in said
+    assert f"`difftrain replay {tmp_path / 'run'} --step 3`" in said
     lines = metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [True, True, True]
     assert lines[0]["loss"] is None
@@ -285,8 +290,24 @@ def test_a_resume_on_other_data_is_refused_unless_that_is_allowed(config, tmp_pa
     metadata.write_text(metadata.read_text().replace("a ", "the ", 1))
     more = ["--resume", "auto", *options[:-1], "train.max_steps=4"]
     assert train(config, tmp_path / "run", *more) == 2
-    assert "the data changed since the checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the data changed since the checkpoint" in said
+    assert "; 1 record: '000000.png' captions changed\n" in said
     assert train(config, tmp_path / "run", *more, "--allow-change", "data") == 0
+    again = [*options[:-1], "train.max_steps=6", "--resume", "auto"]
+    with open(tmp_path / "pictures" / "000003.png", "ab") as file:
+        file.write(b"!")
+    assert train(config, tmp_path / "run", *again) == 2
+    said = capsys.readouterr().err
+    assert "; 1 record: '000003.png' picture changed\n" in said, "compared with the data that was allowed"
+
+
+def test_a_run_lists_its_records_by_name(config, tmp_path):
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=1") == 0
+    header, *records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
+    assert header == {"fingerprint": manifest["data"]["fingerprint"]}
+    assert [record["key"] for record in records] == [f"shapes/0/{index}" for index in range(10)]
 
 
 def test_an_allowed_change_of_the_optimizer_takes_effect(config, tmp_path):
@@ -392,3 +413,59 @@ def test_modes_do_not_depend_on_whether_a_grid_was_drawn(config, tmp_path):
             assert [module.training for module in training.model.modules()] == modes
         finally:
             runtime.close()
+
+
+def test_a_full_disk_for_the_samples_costs_one_warning_and_not_the_run(config, tmp_path, capsys):
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "none", str(samples)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        grid = ["validation.prompts=[a red circle]", "validation.every_steps=2", "validation.sampler_steps=1"]
+        assert train(config, tmp_path / "run", "--set", *grid) == 0
+        assert capsys.readouterr().out.count("warning: the samples of step") == 1, "four grids had no room"
+        assert list(samples.iterdir()) == []
+    finally:
+        subprocess.run(["umount", samples], check=True)
+
+
+def test_running_out_of_memory_names_what_to_lower_and_to_what_and_exits_2(config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hungry.py").write_text(
+        "import torch\n"
+        "from trainer.objectives.flow import Flow\n"
+        "class Hungry(Flow):\n"
+        "    kind = 'hungry'\n"
+        "    def loss(self, pred, target):\n"
+        "        return torch.empty(2**50)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--set", "plugins=[hungry]", "objective.kind=hungry"]
+    assert train(config, tmp_path / "run", *options) == 2
+    said = capsys.readouterr().err
+    assert "out of memory with 4 images at a time (asked for 4503599627370496 bytes)\n" in said
+    assert "set train.micro_batch_size=2 (2 x accumulation instead of 1; the run stays the same)" in said
+    assert "Traceback" not in said
+    assert train(config, tmp_path / "dry", *options, "train.micro_batch_size=1", "--dry-run") == 2
+    assert "set train.gradient_checkpointing=true, or train.precision=bf16" in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_is_told_in_one_line_above_its_traceback_which_is_kept(
+    config, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "faulty.py").write_text(
+        "from trainer.objectives.flow import Flow\n"
+        "class Faulty(Flow):\n"
+        "    kind = 'faulty'\n"
+        "    def loss(self, pred, target):\n"
+        "        raise ValueError('the loss is lost')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train(config, tmp_path / "run", "--set", "plugins=[faulty]", "objective.kind=faulty") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("failed: ValueError: the loss is lost\n  in ")
+    kept = (tmp_path / "run" / "traceback-rank-0.txt").read_text()
+    assert kept in told
+    assert "faulty.py" in kept
+    status = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]
+    assert status == {"state": "failed", "exit_code": 1, "reason": "ValueError: the loss is lost"}

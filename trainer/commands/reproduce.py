@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from trainer.commands.train import share_cores
 
     share_cores()
+    from trainer.data.fingerprint import counted
     from trainer.reproduction import reproduce
     from trainer.run.rundir import RunDir
 
@@ -36,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
     found = reproduce(RunDir(args.folder), args.steps, output_dir, say)
     for section, different in found.inputs.items():
         _tell(section, different, say)
+    if found.records:
+        say(f"records: {counted(found.records)}")
+        for key, what in list(found.records.items())[:AT_MOST]:
+            say(f"  {key}: {what}")
     if found.first_step is None:
         exactly = "equal to the bit" if found.relative == 0 else f"equal to {found.relative:g} of their size"
         say(f"steps 1 to {found.steps}: {exactly}")

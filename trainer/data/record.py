@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from trainer.data.fingerprint import leaves, merkle_root
 from trainer.registry import Part
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ class Record:
 
     key: str
     captions: tuple[str, ...]
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
 
 
 class Records(ABC):
@@ -40,8 +46,19 @@ class Records(ABC):
         """The decoded picture, upright, RGB, of any size; raises UserError naming the record if it cannot be read."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """A hex digest of what the records are; it changes when a key, a caption or a file's size changes."""
+    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
+        """By index, a sha256 (64 hex digits) of what each picture is made from: one changed pixel changes it.
+
+        `fresh` trusts nothing that was remembered of an earlier start. `say` hears of what takes over 2 s. Raises
+        UserError naming the record if it cannot be read.
+        """
+
+    def fingerprint(self, contents: Iterable[str] | None = None) -> str:
+        """64 hex digits that change with any pixel, any caption, any key and their order, and with nothing else.
+
+        `contents` are what `contents()` gives, where the caller has it. Raises what that raises.
+        """
+        return merkle_root(leaves(self, self.contents() if contents is None else contents))
 
 
 class Source(Part, home="trainer.data.sources"):

@@ -1,16 +1,19 @@
-"""run_manifest.json, env.json and config.resolved.yaml: what the run is, before its first step and after its last."""
+"""run_manifest.json, env.json, config.resolved.yaml, records.jsonl: what the run is, from before its first step on."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from pydantic import PrivateAttr
 
+from trainer.data.fingerprint import Leaf
 from trainer.hook import MainHook, RunView
 from trainer.run.manifest import Manifest, changes, start_entry
 from trainer.run.opening import write_opening_files
+from trainer.run.records import write_records
 from trainer.run.rundir import RunDir
 
 
@@ -25,7 +28,9 @@ class ManifestFile(MainHook):
     resolved_config: str
     config_changes: dict[str, Any]
     checkpoint_every: int
+    leaves: Callable[[], Iterator[Leaf] | None]  # what each record is, for records.jsonl; None: too many to list
     _manifest: Manifest | None = PrivateAttr(None)
+    _listed: list[int] | None = PrivateAttr(None)  # the steps of the checkpoints in the manifest
 
     def due(self, step: int, last: bool) -> bool:
         return last or step % self.checkpoint_every == 0
@@ -36,25 +41,33 @@ class ManifestFile(MainHook):
         if run_dir.environment.is_file():
             environment_changes = changes(json.loads(run_dir.environment.read_bytes()), self.environment)
         write_opening_files(run_dir, self.environment, self.resolved_config)
+        write_records(run_dir, self.facts["data"]["fingerprint"], self.leaves)
         self._manifest = Manifest(run_dir.manifest)
         start = start_entry(
             self.facts, view.step, environment_changes=environment_changes, config_changes=self.config_changes
         )
         self._manifest.begin(self.facts, start)
 
+    def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
+        self._list_checkpoints(RunDir(view.folder))  # a save in the background may have ended at any moment
+
     def after_step(self, view: RunView, last: bool) -> None:
         self._list_checkpoints(RunDir(view.folder))
 
     def _list_checkpoints(self, run_dir: RunDir) -> None:
-        """What is committed by now: a save in the background joins at the next one, or at the end."""
+        """What is committed by now."""
         assert self._manifest is not None, "on_start comes first"
+        steps = run_dir.checkpoint_steps()
+        if steps == self._listed:
+            return
         sidecars = []
-        for step in run_dir.checkpoint_steps():
+        for step in steps:
             with contextlib.suppress(FileNotFoundError):  # the save in the background has just pruned it
                 sidecars.append(json.loads(run_dir.sidecar(step).read_bytes()))  # damaged ones were set aside
         for sidecar in sidecars:
             self._manifest.add_checkpoint(sidecar["step"], sidecar["file"], sidecar["sha256"], sidecar["bytes"])
         self._manifest.keep_checkpoints(sidecar["step"] for sidecar in sidecars)
+        self._listed = steps
 
     def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:
         if self._manifest is not None:

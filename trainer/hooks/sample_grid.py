@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import PrivateAttr
+
 from trainer.hook import CollectiveHook
 from trainer.run.files import write_atomic
 
@@ -25,6 +27,7 @@ class SampleGrid(CollectiveHook):
     seed: int
     sampler_steps: int
     guidance: float
+    _warned: bool = PrivateAttr(False)  # of a failure that has not ended yet
 
     def due(self, step: int, last: bool) -> bool:
         return step == self.max_steps or step % self.every_steps == 0  # not when a signal wants the process gone
@@ -45,8 +48,14 @@ class SampleGrid(CollectiveHook):
         title = f"step {training.state.step} · {weights} · {self.sampler_steps} steps · guidance {self.guidance:g}"
         try:
             self._write(training.run_dir, training.state.step, title, [drawn[i] for i in range(len(self.prompts))])
+            self._warned = False
         except OSError as error:
-            print(f"warning: the samples of step {training.state.step} were not written: {error}", flush=True)
+            if not self._warned:
+                step = training.state.step
+                print(
+                    f"warning: the samples of step {step} were not written, nor may later ones be: {error}", flush=True
+                )
+            self._warned = True
 
     def _write(self, run_dir: RunDir, step: int, title: str, pictures: list[Image]) -> None:
         """The step's grid, then the sheets over all steps so far, from the files alone: a resume goes on with them."""

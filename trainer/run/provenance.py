@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.run.files import sha256_file
 from trainer.run.redaction import redact
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,12 @@ def git_facts(folder: str | Path = PACKAGE_PARENT) -> dict[str, Any]:
         diff = _git(folder, "diff", "HEAD", *DIFF_OPTIONS, "--", ".")
         facts["diff_sha256"] = hashlib.sha256(diff).hexdigest() if diff else None
     return facts
+
+
+def module_hashes(names: Sequence[str]) -> dict[str, str | None]:
+    """The sha256 of the file of each imported module, by its name; None for one that has no file."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return {name: sha256_file(file) if file else None for name, file in files.items()}
 
 
 def _remote(folder: str | Path) -> str | None:

@@ -24,6 +24,7 @@ class RunDir:
         self.environment = self.path / "env.json"
         self.manifest = self.path / "run_manifest.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.records = self.path / "records.jsonl"
         self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
         self.progress = self.path / "progress.png"  # the validation prompts at every step that drew them
@@ -40,6 +41,10 @@ class RunDir:
     def sidecar(self, step: int) -> Path:
         """What commits `checkpoint(step)`: its size and hash, written last."""
         return self.path / f"checkpoint-{step}.json"
+
+    def traceback(self, rank: int) -> Path:
+        """Where a rank that fails by an error of ours, or of a plug-in, leaves the whole of it."""
+        return self.path / f"traceback-rank-{rank}.txt"
 
     def sample(self, step: int) -> Path:
         """The grid of validation pictures after step `step`; the caller makes the folder."""

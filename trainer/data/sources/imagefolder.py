@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import shlex
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from trainer.data.content_hashes import file_hashes
 from trainer.data.folder import Folder, Found, relative_name
 from trainer.data.image_file import MAX_PIXELS, SUFFIXES, read_image
 from trainer.data.metadata import Problems, rows, shown
-from trainer.data.record import Record, Records, Source
+from trainer.data.record import Record, Records, Source, silent
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,18 +139,8 @@ class ImageFolderRecords(Records):
     def image(self, index: int) -> Image:
         return read_image(os.path.join(self._root, self._keys[index]), self._max_pixels)
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for key, captions in zip(self._keys, self._captions, strict=True):
-            path = os.path.join(self._root, key)
-            try:
-                size = os.stat(path).st_size
-            except OSError as error:
-                raise UserError(
-                    f"picture cannot be read: {error.strerror}", path, "it was there a moment ago"
-                ) from error
-            digest.update(json.dumps([key, _tuple(captions), size]).encode() + b"\n")
-        return digest.hexdigest()
+    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
+        return file_hashes((os.path.join(self._root, key) for key in self._keys), len(self), fresh, say)
 
 
 def _tuple(captions: Captions) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
-from trainer.data.record import Record, Records, Source
+from trainer.data.record import Record, Records, Source, silent
 from trainer.rng import uniform
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ BACKGROUNDS: dict[str, RGB] = {"white": (255, 255, 255), "gray": (128, 128, 128)
 SIZES: dict[str, float] = {"small": 0.15, "large": 0.28}  # the mean radius, as a fraction of the picture's side
 SIZE_JITTER = 0.1
 MARGIN = 0.04  # of the side, between the shape and the picture's edge
-DRAWING = 1  # counts up when the pictures change, so that the fingerprint does
+DRAWING = 1  # counts up when `draw` or `place` change the pictures, so that the fingerprint does
 
 
 def _regular(corners: int, radius: float, start_degrees: float = -90.0) -> Polygon:
@@ -196,6 +197,26 @@ class ShapeRecords(Records):
         combination = self.combination(index)
         return draw(combination, self.image_size, place(combination, self.seed, index))
 
-    def fingerprint(self) -> str:
-        words = [combination.caption for combination in self.drawn]
-        return hashlib.sha256(json.dumps([DRAWING, self.num_images, self.seed, words]).encode()).hexdigest()
+    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
+        """What the pictures are drawn from, not their pixels, so that their size in pixels does not matter."""
+        drawing = hashlib.sha256(_drawing())
+        for index in range(self.num_images):
+            digest = drawing.copy()
+            digest.update(json.dumps([self.seed, index, *self.combination(index)]).encode())
+            yield digest.hexdigest()
+
+    def fingerprint(self, contents: Iterable[str] | None = None) -> str:
+        """Of the definition of the records, and so as quick for millions of them as for a few."""
+        first = self.drawn[: self.num_images]
+        definition = [self.num_images, self.seed, first, [combination.caption for combination in first]]
+        return hashlib.sha256(_drawing() + json.dumps(definition).encode()).hexdigest()
+
+
+def _drawing() -> bytes:
+    """How a combination is drawn; corners to nine digits, because sines end differently on different machines."""
+    corners = {
+        shape: [[(round(x, 9) + 0.0, round(y, 9) + 0.0) for x, y in outline] for outline in outlines]
+        for shape, outlines in OUTLINES.items()
+    }
+    tables = [DRAWING, COLOURS, BACKGROUNDS, SIZES, SIZE_JITTER, MARGIN, corners, TILT_DEGREES]
+    return json.dumps(tables).encode()

@@ -1,0 +1,134 @@
+"""Recorded steps computed again: `difftrain reproduce` and `difftrain replay`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import main
+from trainer.data.dummy import write_dummy_imagefolder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """\
+model: {kind: tiny}
+data: {kind: imagefolder, image_size: 32, num_workers: 0, random_flip: true, caption_dropout: 0.2}
+train: {seed: 7, max_steps: 6, global_batch_size: 4, micro_batch_size: 2, log_every: 2}
+objective: {kind: epsilon}
+lr: {kind: constant, peak: 1e-3, warmup_steps: 1}
+ema: {decay: 0.9}
+checkpoint: {every_steps: 2}
+hooks: [{kind: weight_digest, every_steps: 2}]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of six steps on ten pictures, stopped once and resumed."""
+    write_dummy_imagefolder(tmp_path / "pictures", 10, 40)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    for last in (3, 6):
+        more = [f"data.data_root={tmp_path / 'pictures'}", f"train.max_steps={last}"]
+        arguments = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "run")]
+        assert main(["train", *arguments, "--resume", "auto", "--set", *more]) == 0
+    return tmp_path / "run"
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def everything(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_the_same_steps_come_out_equal_to_the_bit_and_the_run_is_left_as_it_is(run: Path, capsys):
+    before = everything(run)
+    assert "weights_sha256" in lines(run)[1]
+    capsys.readouterr()
+    assert main(["reproduce", str(run), "--steps", "5"]) == 0, capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "data: as recorded" in output
+    assert "steps 1 to 5: equal to the bit" in output
+    assert everything(run) == before
+
+
+def test_what_was_computed_again_is_kept_as_a_run_of_its_own_if_asked(run: Path, capsys):
+    again = run.parent / "again"
+    assert main(["reproduce", str(run), "--steps", "4", "--output-dir", str(again)]) == 0
+    assert len(lines(again)) == 4
+    capsys.readouterr()
+    assert main(["diff", str(run), str(again)]) == 0, capsys.readouterr().out
+    assert "metrics: the same for 4 steps" in capsys.readouterr().out
+    assert main(["reproduce", str(run), "--output-dir", str(again)]) == 2, "that folder holds a run now"
+
+
+def test_an_edited_caption_is_named_by_its_record(run: Path, capsys):
+    metadata = run.parent / "pictures" / "metadata.jsonl"
+    records = [json.loads(line) for line in metadata.read_text().splitlines()]
+    records[3]["text"] = "something else"
+    metadata.write_text("".join(json.dumps(record) + "\n" for record in records))
+    capsys.readouterr()
+    assert main(["reproduce", str(run), "--steps", "2"]) == 1
+    output = capsys.readouterr().out
+    assert f"records: 1 captions changed\n  {records[3]['file_name']}: captions changed\n" in output
+
+
+def test_a_recorded_number_that_was_changed_is_found_at_its_step(run: Path, capsys):
+    changed = lines(run)
+    changed[1]["loss"] *= 1 + 1e-6
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    capsys.readouterr()
+    assert main(["reproduce", str(run)]) == 1
+    assert "step 2 is the first that differs: loss\n" in capsys.readouterr().out
+
+
+def test_a_replayed_step_has_the_recorded_loss_and_names_each_sample(run: Path, capsys):
+    for step in (1, 4, 5):  # before the first checkpoint, between two, and after one
+        capsys.readouterr()
+        assert main(["replay", str(run), "--step", str(step)]) == 0
+        output = capsys.readouterr().out
+        table = output[output.index("record") :].splitlines()[1:-1]
+        losses = [float(row.split()[0]) for row in table]
+        assert losses == sorted(losses, reverse=True)
+        recorded = lines(run)[step - 1]["loss"]
+        assert sum(losses) / 4 == pytest.approx(recorded, rel=1e-4), "the table shows five digits"
+        assert f"step {step}: mean {recorded:.6g}" in output.replace(f"{recorded:.7g}", f"{recorded:.6g}")
+        assert sorted(int(row.split()[2]) for row in table) == list(range(4 * step - 4, 4 * step))
+
+
+def test_a_step_that_is_not_on_record_is_refused(run: Path, capsys):
+    for step in ("0", "7"):
+        assert main(["replay", str(run), "--step", step]) == 2
+    assert "it has steps 1 to 6" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_reproduces_and_an_edited_line_of_its_objective_is_seen_at_step_1_in_the_loss(tmp_path: Path):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "trainer", checkout / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def difftrain(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    short = ["data.num_images=64", "train.max_steps=4", "validation=null", "hooks=[]", "lr.warmup_steps=1"]
+    config = ["--config", str(ROOT / "configs" / "demo.yaml"), "--output-dir", "run"]
+    trained = difftrain("train", *config, "--set", *short)
+    assert trained.returncode == 0, trained.stderr
+    again = difftrain("reproduce", "run")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "steps 1 to 4: equal to the bit" in again.stdout
+    objective = checkout / "trainer" / "objectives" / "flow.py"
+    text = objective.read_text()
+    assert "return eps - x0" in text
+    objective.write_text(text.replace("return eps - x0", "return eps - 0.99 * x0"))
+    other = difftrain("reproduce", "run")
+    assert other.returncode == 1, other.stdout + other.stderr
+    assert "step 1 is the first that differs: loss" in other.stdout

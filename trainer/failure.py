@@ -1,0 +1,96 @@
+"""An error from somewhere below, put so that its reader knows what to do."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.errors import RunEnd, UserError
+from trainer.run.files import write_atomic
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.data.topology import Topology
+    from trainer.run.rundir import RunDir
+
+
+class Crashed(RunEnd):
+    """An error that nobody foresaw, in one line, with its traceback in a file."""
+
+    of_one_rank = True
+
+
+def explained(error: BaseException, config: Config, topology: Topology) -> BaseException:
+    """A UserError for what the user can mend, of this rank alone; any other error as it is."""
+    known = _known(error, config, topology)
+    if known is None:
+        return error
+    known.of_one_rank = True
+    known.__cause__ = error
+    return known
+
+
+def _known(error: BaseException, config: Config, topology: Topology) -> UserError | None:
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)|you tried to allocate (\d+ bytes)", text)
+        size = f" (asked for {asked[1] or asked[2]})" if asked else ""
+        where = "train.micro_batch_size"
+        return UserError(
+            f"out of memory with {topology.micro_batch} images at a time{size}", where, _lower(config, topology)
+        )
+    if isinstance(error, RuntimeError) and (missing := re.match(r"(.+?) does not have a deterministic impl", text)):
+        return UserError(
+            f"{missing[1]} has no deterministic implementation on this device",
+            "train.deterministic",
+            "set it to false, or do without the operation",
+        )
+    return None
+
+
+def _lower(config: Config, topology: Topology) -> str:
+    """What to lower, and to how much."""
+    share = topology.global_batch // topology.world_size
+    smaller = [size for size in range(topology.micro_batch // 2, 0, -1) if share % size == 0]
+    ways = []
+    if smaller:
+        ways.append(
+            f"train.micro_batch_size={smaller[0]} ({share // smaller[0]} x accumulation instead of "
+            f"{topology.accumulation}; the run stays the same)"
+        )
+    if not config.train.gradient_checkpointing:
+        ways.append("train.gradient_checkpointing=true")
+    if config.train.precision == "fp32":
+        ways.append("train.precision=bf16")
+    ways.append(f"a data.image_size below {config.data.image_size}")
+    return "set " + ", or ".join(ways)
+
+
+def crashed(error: BaseException, run_dir: RunDir, rank: int, world_size: int) -> BaseException:
+    """An unforeseen error in one line, with its traceback in a file of the run; any other end as it is.
+
+    The error itself if that file cannot be written: Python then prints the traceback.
+    """
+    if isinstance(error, RunEnd):
+        return error
+    path = run_dir.traceback(rank)
+    text = "".join(traceback.format_exception(error))
+    try:
+        write_atomic(path, text)
+    except OSError:
+        return error
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    end = Crashed(
+        f"{type(error).__name__}: {error}\n  in {_short(at.filename)}:{at.lineno} {at.name}\n  traceback: {path}"
+    )
+    end.traceback = text if world_size == 1 else None  # those of several ranks would bury the cause
+    return end
+
+
+def _short(filename: str) -> str:
+    """The last parts of a path: enough to find it."""
+    return "/".join(Path(filename).parts[-3:])
