@@ -49,7 +49,7 @@ class TrainSection(Section):
     max_bad_steps: int = Field(
         default=10,
         ge=1,
-        description="Steps in a row with a non-finite gradient after which the run, when it writes them, ends as diverged.",
+        description="Steps in a row with a non-finite gradient that end the run as diverged, once they are written.",
     )
     collective_timeout_seconds: float = Field(
         default=600,
