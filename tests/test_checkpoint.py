@@ -85,6 +85,17 @@ def test_a_copy_of_the_state_does_not_follow_it():
     assert copy["pair"][1] == 3
 
 
+def test_the_next_copy_takes_the_memory_of_the_one_before_where_it_fits():
+    copy = copied({"a": torch.ones(2), "b": torch.ones(3), "c": [torch.ones(4)]})
+    state = {"a": torch.zeros(2), "b": torch.zeros(5), "c": [torch.zeros(4, dtype=torch.float64)], "d": torch.zeros(6)}
+    again = copied(state, copy)
+    assert again["a"].data_ptr() == copy["a"].data_ptr()
+    for ours, theirs in zip(tensors(again), tensors(state), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
 def test_a_save_that_fails_costs_one_checkpoint_and_the_next_is_tried_again(tmp_path: Path, capsys):
     run = tmp_path / "run"
     RunDir(run).checkpoint(2).mkdir(parents=True)  # in its place: the rename onto it fails

@@ -200,8 +200,7 @@ def _last_word(training: Training, first: int, seconds: float, say: loop.Say) ->
         "metrics": str(run_dir.metrics),
         "go on with": resume_command(training),
     }
-    cut = sum(line["captions_cut"] for line in read_metrics(run_dir.metrics)) if training.runtime.is_main else 0
-    if cut:
+    if cut := training.captions_cut:
         rows["cut"] = f"{cut} captions were longer than the text encoder reads; model.prompt_chunks takes more of them"
     samples = run_dir.sample(state.step)
     if samples.is_file():

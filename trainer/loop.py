@@ -101,6 +101,7 @@ class PendingMetrics:
         lines = []
         for result, digest, (loss, cut, grad_norm, skipped) in zip(self.results, digests, numbers, strict=True):
             self.bad_steps = self.bad_steps + 1 if skipped else 0
+            self.training.captions_cut += int(cut)
             lines.append(
                 {
                     "step": result.step,

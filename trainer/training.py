@@ -45,6 +45,7 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
+    captions_cut: int = 0  # since this start
     measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[Batch]:

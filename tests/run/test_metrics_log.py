@@ -249,3 +249,32 @@ def test_a_sync_reaches_the_disk(tmp_path, monkeypatch):
     assert synced == []
     log.sync()
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_size]
+
+
+LONG = 20_000  # lines, over a megabyte: the first part of such a file is counted, not read
+
+
+@pytest.mark.parametrize("kept", [0, 1, 9_999, LONG - 1, LONG])
+def test_a_long_file_is_rewound_to_the_same_bytes_as_a_short_one(tmp_path, kept):
+    path = tmp_path / "metrics.jsonl"
+    new_log(path, LONG).close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole) + b'{"step": ')  # torn
+    assert MetricsLog(path).rewind(kept) == LONG - kept + 1
+    assert path.read_bytes() == b"".join(whole[:kept])
+
+
+@pytest.mark.parametrize("harmed", [2, 10_000, LONG - 5])
+def test_a_line_that_is_missing_or_written_twice_is_named_wherever_it_stands_in_a_long_file(tmp_path, harmed):
+    path = tmp_path / "metrics.jsonl"
+    new_log(path, LONG).close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    for lines, first_wrong in (
+        ([*whole[: harmed - 1], *whole[harmed:]], harmed),
+        ([*whole[:harmed], whole[harmed - 1], *whole[harmed:]], harmed + 1),
+    ):
+        path.write_bytes(b"".join(lines))
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=f"line {first_wrong} should be step {first_wrong}, but"):
+            MetricsLog(path).rewind(LONG - 1)
+        assert path.read_bytes() == before

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(ROOT / "trainer" / "train.py")]
 KILLS = int(os.environ.get("DIFFTRAIN_KILLS", "20"))
+SIGNALS = int(os.environ.get("DIFFTRAIN_SIGNALS", "20"))
 CONFIG = """\
 model: {kind: tiny}
 data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 10, caption_dropout: 0.2, random_flip: true}
@@ -195,7 +196,7 @@ def start_two_ranks(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def test_a_signal_to_one_rank_of_two_stops_both_after_the_same_step(tmp_path: Path):
     run = tmp_path / "run"
-    for _ in range(2):
+    for _ in range(SIGNALS):
         before = len(lines(run))
         with start_two_ranks(tmp_path) as launcher:
             wait_for(lambda now=before: len(lines(run)) > now + 2, launcher)

@@ -17,7 +17,7 @@ from trainer.data.dummy import write_dummy_imagefolder
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
 model: {kind: tiny}
-data: {kind: imagefolder, image_size: 32, num_workers: 0, random_flip: true, caption_dropout: 0.2}
+data: {kind: imagefolder, data_root: pictures, image_size: 32, num_workers: 0, random_flip: true, caption_dropout: 0.2}
 train: {seed: 7, max_steps: 6, global_batch_size: 4, micro_batch_size: 2, log_every: 2}
 objective: {kind: epsilon}
 lr: {kind: constant, peak: 1e-3, warmup_steps: 1}
@@ -27,16 +27,28 @@ hooks: [{kind: weight_digest, every_steps: 2}]
 """
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ten pictures and a run of six steps on them, stopped once and resumed."""
+    folder = tmp_path_factory.mktemp("recorded")
+    write_dummy_imagefolder(folder / "pictures", 10, 40)
+    (folder / "config.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")  # as for every test: `diff` would see it
+        patch.setenv("TRANSFORMERS_OFFLINE", "1")
+        for last in (3, 6):
+            arguments = ["train", "--config", "config.yaml", "--output-dir", "run", "--resume", "auto"]
+            assert main([*arguments, "--set", f"train.max_steps={last}"]) == 0
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run of six steps on ten pictures, stopped once and resumed."""
-    write_dummy_imagefolder(tmp_path / "pictures", 10, 40)
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    for last in (3, 6):
-        more = [f"data.data_root={tmp_path / 'pictures'}", f"train.max_steps={last}"]
-        arguments = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "run")]
-        assert main(["train", *arguments, "--resume", "auto", "--set", *more]) == 0
-    return tmp_path / "run"
+def run(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, to be harmed; its pictures lie beside it and are found from the working directory."""
+    shutil.copytree(recorded, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy" / "run"
 
 
 def lines(run: Path) -> list[dict]:
