@@ -11,6 +11,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
+from trainer.run.files import remove_own_temp_files
 from trainer.run.rundir import RunDir
 
 
@@ -79,6 +80,8 @@ class Control:
         if first is not None:
             if self._launched and now - first < SAME_REQUEST_SECONDS:
                 return
+            if self._run_dir is not None:  # a checkpoint may be on its way to the disk
+                remove_own_temp_files(self._run_dir.path)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         name = signal.Signals(number).name

@@ -138,15 +138,19 @@ def test_usr1_saves_and_ends_as_sigterm_does(run: Path):
     assert saved(run) == [steps(run)]
 
 
-def test_a_second_signal_ends_it_at_once_and_leaves_no_partial_file(run: Path):
-    with job([sys.executable, *arguments(run)], run) as process:
+@pytest.mark.parametrize("amid_a_save", [False, True])
+def test_a_second_signal_ends_it_at_once_and_leaves_no_partial_file(run: Path, amid_a_save: bool):
+    big = ["--set", "checkpoint.every_steps=4", "model.unet_channels=[256,256]"]  # 0.1 s or more for a save
+    with job([sys.executable, *arguments(run), *(big if amid_a_save else [])], run) as process:
+        if amid_a_save:
+            wait_for(lambda: list(run.glob(".checkpoint-*.pt.*")), process)
         process.send_signal(signal.SIGSTOP)  # both are then delivered before another step can end
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=30) < 0
     assert not list(run.glob(".*"))
-    assert saved(run) == []
+    assert all(fault_of(RunDir(run), step) is None for step in saved(run))
 
 
 def test_a_trainer_whose_launcher_is_terminated_saves_and_ends(run: Path):

@@ -469,3 +469,36 @@ def test_an_unforeseen_error_is_told_in_one_line_above_its_traceback_which_is_ke
     assert "faulty.py" in kept
     status = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]
     assert status == {"state": "failed", "exit_code": 1, "reason": "ValueError: the loss is lost"}
+
+
+def test_a_hook_of_rank_0_that_fails_costs_one_warning_and_not_the_run(config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "unreachable.py").write_text(
+        "from trainer.hook import MainHook\n"
+        "class Unreachable(MainHook):\n"
+        "    kind = 'unreachable'\n"
+        "    def on_metrics(self, view, lines):\n"
+        "        raise ConnectionError('no route to the tracker')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--set", "plugins=[unreachable]", "hooks=[{kind: unreachable}]", "train.log_every=1"]
+    assert train(config, tmp_path / "run", *options) == 0
+    said = capsys.readouterr().out
+    assert said.count("Unreachable failed and is switched off: ConnectionError: no route to the tracker") == 1
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_resume_says_what_harmless_keys_changed_and_the_manifest_keeps_it(config, tmp_path, capsys):
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=3") == 0
+    capsys.readouterr()
+    changed = ["train.micro_batch_size=2", "checkpoint.every_steps=5"]
+    assert train(config, tmp_path / "run", "--resume", "auto", "--set", *changed) == 0
+    said = capsys.readouterr().out
+    for key, was, now in (
+        ("train.micro_batch_size", 4, 2),
+        ("checkpoint.every_steps", 2, 5),
+        ("train.max_steps", 3, 6),
+    ):
+        assert f"changed since the checkpoint: {key}: {was} -> {now}" in said
+        first, second = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["starts"]
+        assert second["config_changes"][key] == {"was": was, "now": now}
+        assert first["config_changes"] == {}

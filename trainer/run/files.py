@@ -113,6 +113,13 @@ def sweep_temp_files(folder: str | Path) -> list[str]:
     return sorted(swept)
 
 
+def remove_own_temp_files(folder: str | Path) -> None:
+    """Before this process ends at once: the temp files that it is writing in `folder` go."""
+    for path in Path(folder).glob(f".*.difftrain-tmp-{os.getpid()}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def fault_point(name: str) -> None:
     """Where a test lets this process die as by kill -9: at the point that DIFFTRAIN_KILL_AT names."""
     if os.environ.get("DIFFTRAIN_KILL_AT") == name:
