@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from trainer.failure import explained
+from trainer.failure import caused_by, explained
 from trainer.launch import describe
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
@@ -40,11 +40,8 @@ def dry_run(checked: Preflight) -> None:
         say(f"  {rest:34} {(peak - sum(parts.values())) / 2**30:8.3f} GiB")
         say(f"  {'peak of rank 0, measured':34} {peak / 2**30:8.3f} GiB")
         say("nothing was written")
-    except Exception as error:
-        end = explained(error, config, checked.topology)
-        if end is error:
-            raise
-        raise end from error
+    except Exception as error:  # noqa: BLE001
+        raise caused_by(explained(error, config, checked.topology), error)  # noqa: B904
     finally:
         runtime.close()
 

@@ -30,8 +30,14 @@ def explained(error: BaseException, config: Config, topology: Topology) -> BaseE
     if known is None:
         return error
     known.of_one_rank = True
-    known.__cause__ = error
     return known
+
+
+def caused_by(end: BaseException, error: BaseException) -> BaseException:
+    """`end`, as `raise end from error` would have it; `error` may be the same."""
+    if end is not error:
+        end.__cause__ = error
+    return end
 
 
 def _known(error: BaseException, config: Config, topology: Topology) -> UserError | None:

@@ -14,7 +14,7 @@ from trainer import loop
 from trainer.checkpoint import Found, set_aside_after
 from trainer.control import Control
 from trainer.errors import RunEnd, Stopped, UserError
-from trainer.failure import crashed, explained
+from trainer.failure import caused_by, crashed, explained
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
@@ -45,20 +45,23 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     except Stopped:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         may_hang = runtime.may_hang_at_its_end
-        end = runtime.blame(explained(error, config, checked.topology), 0)
-        end = crashed(end, run_dir, runtime.rank, runtime.world_size)
-        if isinstance(end, RunEnd):
-            end.at_once = may_hang
-        if end is error:
-            raise
-        raise end from error
+        raise _ended(checked, runtime, run_dir, error)  # noqa: B904 (and no local name for it: see loop.run)
     finally:
         lock.release()
         control.close()
         if not may_hang:
             runtime.close()
+
+
+def _ended(checked: Preflight, runtime: Runtime, run_dir: RunDir, error: Exception) -> BaseException:
+    """What ended the job, for those who read it."""
+    end = runtime.blame(explained(error, checked.config, checked.topology), 0)
+    end = crashed(end, run_dir, runtime.rank, runtime.world_size)
+    if isinstance(end, RunEnd):
+        end.at_once = runtime.may_hang_at_its_end
+    return caused_by(end, error)
 
 
 def _train(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.control import Asked
 from trainer.errors import Diverged, RunEnd, Stopped
-from trainer.failure import explained
+from trainer.failure import caused_by, explained
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
 if TYPE_CHECKING:
     from trainer.control import Asks
+    from trainer.data.loader import Batch
     from trainer.training import Training
 
 Say = Callable[[str], None]
@@ -27,22 +29,29 @@ def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> N
     try:
         crew.start()
         _steps(training, crew, control)
-    except BaseException as error:
-        end = explained(error, training.config, training.topology)
-        end = training.runtime.blame(end, training.state.step)
-        if isinstance(end, RunEnd):
-            crew.end(end.state, end.exit_code, str(end))
-        else:
-            crew.end("failed", 1, f"{type(end).__name__}: {end}")
-        if end is error:
-            raise
-        raise end from error
+    except BaseException as error:  # noqa: BLE001
+        # Not by way of a local name: with the traceback it would make a cycle, which keeps the loader's workers alive.
+        raise _ended(training, crew, error)  # noqa: B904
     crew.end("done", 0, f"{training.state.step} steps")
 
 
+def _ended(training: Training, crew: Crew, error: BaseException) -> BaseException:
+    """What ended the run, for those who read it; the hooks have heard of it."""
+    end = training.runtime.blame(explained(error, training.config, training.topology), training.state.step)
+    if isinstance(end, RunEnd):
+        crew.end(end.state, end.exit_code, str(end))
+    else:
+        crew.end("failed", 1, f"{type(end).__name__}: {end}")
+    return caused_by(end, error)
+
+
 def _steps(training: Training, crew: Crew, control: Asks) -> None:
+    with contextlib.closing(training.batches(training.state.step, training.config.train.max_steps)) as batches:
+        _each_step(training, crew, control, batches)
+
+
+def _each_step(training: Training, crew: Crew, control: Asks, batches: Iterator[Batch]) -> None:
     train, state = training.config.train, training.state
-    batches = training.batches(state.step, train.max_steps)
     pending = PendingMetrics(training)
     while state.step < train.max_steps:
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,8 @@ class Training:
     captions_cut: int = 0  # since this start
     measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
 
-    def batches(self, first_step: int, max_steps: int) -> Iterator[Batch]:
-        """This rank's micro batches from `first_step` on."""
+    def batches(self, first_step: int, max_steps: int) -> Generator[Batch]:
+        """This rank's micro batches from `first_step` on; closing it ends the loader's workers."""
         schedule = SlotSchedule(self.topology, first_step, max_steps)
         return load_batches(self.samples, schedule, pin_memory=self.runtime.device.type == "cuda")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +149,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
             return error
 
 
-def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> Iterator[Batch]:
+def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> Generator[Batch]:
     """The micro batches of `schedule`, in order; raises the UserError of any of them."""
     ahead = 2 * schedule.topology.accumulation
     return read_ahead(samples, schedule, samples.source.num_workers, ahead, pin_memory)
@@ -159,7 +161,7 @@ def read_ahead(
     workers: int,
     ahead: int = 2,
     pin_memory: bool = False,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """What `dataset` has for each of `order`, in order; each worker is up to `ahead` of them in front.
 
     Raises the UserError that the data set returned in place of any of them.
@@ -185,3 +187,10 @@ def _leave_signals_to_the_trainer(worker_id: int) -> None:
     # is being finished. Workers end when the trainer says so, or when they see that it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # Python ends what children are left with the SIGTERM that they ignore, and would wait for them for ever.
+    for worker in multiprocessing.active_children():
+        worker.kill()
