@@ -81,6 +81,7 @@ def test_checkpoints_times_saves_beside_torch_save_and_resumes_early_and_late(tm
 
 
 @pytest.mark.text2image
+@pytest.mark.slow
 def test_exactness_compares_modes_and_draws(tmp_path):
     smallest = ["--sets", "1", "--rounds", "1", "--steps", "2", "--batch", "2", "--image-size", "32", "--repeats", "3"]
     result = benchmark("exactness.py", tmp_path / "exactness.json", *smallest)

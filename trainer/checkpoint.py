@@ -52,11 +52,11 @@ def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, A
 
     step = content["step"]
     path = run_dir.checkpoint(step)
-    try:
-        with open_atomic(path) as file:
+    with open_atomic(path) as file:
+        try:
             torch.save({"format": FORMAT, **content}, file)  # pyright: ignore[reportArgumentType]
-    except RuntimeError as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"writing {path.name} failed: {error}") from error
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError about positions in the file
+            raise file.problem or OSError(f"writing {path.name} failed: {error}") from error
     fault_point(f"{path.name} renamed")
     sidecar = {"format": FORMAT, "step": step, "file": path.name, "bytes": file.size_bytes, "sha256": file.sha256()}
     sidecar |= facts

@@ -29,6 +29,7 @@ def command(run: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "trainer", "train", *config, *more, "--set", *SHORT]
 
 
+@pytest.mark.slow
 def test_the_demo_killed_half_way_and_resumed_ends_with_the_same_grid_pixel_for_pixel(tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

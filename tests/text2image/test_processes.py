@@ -74,20 +74,6 @@ def test_two_gloo_ranks_train_the_same_run_as_one(config, tmp_path):
     assert grids[0] == grids[1], "the ranks share the prompts, and each picture is its own function"
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(config, tmp_path):
-    arguments = ["--config", str(config), "--output-dir", "run", "--resume", "auto"]
-    first = run([*TWO_RANKS, str(TRAIN), *arguments, "--set", "train.max_steps=3"], tmp_path)
-    assert first.returncode == 0, first.stdout + first.stderr
-    second = run([sys.executable, str(TRAIN), *arguments], tmp_path)
-    assert second.returncode == 0, second.stdout + second.stderr
-    whole = run([sys.executable, str(TRAIN), "--config", str(config), "--output-dir", "whole"], tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    for a, b in zip(metrics(tmp_path / "run"), metrics(tmp_path / "whole"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    starts = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["starts"]
-    assert [(start["from_step"], start["topology"]["world_size"]) for start in starts] == [(0, 2), (3, 1)]
-
-
 def test_a_launcher_whose_ranks_do_not_see_each_other_is_refused(config, tmp_path):
     command = [*LAUNCHER, "--cpu", "--num_processes", "2", str(TRAIN), "--config", str(config), "--output-dir", "run"]
     alone = run(command, tmp_path)

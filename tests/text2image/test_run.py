@@ -253,6 +253,7 @@ def test_a_dry_run_does_one_step_names_the_memory_by_part_and_leaves_nothing(con
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_eight_pictures_are_learnt_by_heart(config, tmp_path):
     options = ["data.num_images=8", "data.caption_dropout=0", "data.random_flip=false", "data.center_crop=true"]
     options += ["train.global_batch_size=8", "train.micro_batch_size=8", "train.max_steps=250", "lr.peak=3e-3"]

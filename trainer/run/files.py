@@ -28,10 +28,15 @@ class HashedWriter:
         self._file = file
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
+        self.problem: OSError | None = None  # for a caller whose library hides it
 
     def write(self, data: Any) -> int:
         """The number of bytes in `data`, any object with a buffer; all of them are written."""
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.problem = error
+            raise
         self._sha256.update(data)
         n = memoryview(data).nbytes
         self.size_bytes += n
