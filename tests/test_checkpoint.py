@@ -15,6 +15,7 @@ from trainer.cli import main
 from trainer.errors import UserError
 from trainer.hooks.checkpointing import copied, tensors
 from trainer.run.files import sha256_file
+from trainer.run.manifest import read_manifest
 from trainer.run.rundir import RunDir
 
 CONFIG = """\
@@ -253,3 +254,14 @@ def test_a_sidecar_of_no_format_is_damaged(two_checkpoints: RunDir, version: Any
     assert found is not None
     assert found.path == two_checkpoints.checkpoint(1)
     assert "checkpoint-2 is passed over: its sidecar cannot be read" in heard[0]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": 2}', "\x00"])
+def test_a_damaged_sidecar_of_an_older_checkpoint_costs_that_one_alone(tmp_path: Path, content: str):
+    run = tmp_path / "run"
+    assert train(run, "--set", "train.max_steps=4") == 0
+    RunDir(run).sidecar(2).write_text(content)
+    assert train(run, "--resume", "auto") == 0
+    assert RunDir(run).checkpoint_steps() == [2, 4, 6]
+    assert [entry["step"] for entry in read_manifest(RunDir(run).manifest)["checkpoints"]] == [4, 6]
+    assert fault_of(RunDir(run), 4) is None, "the damaged one does not count as one to keep"

@@ -7,6 +7,7 @@ exist. Which one is the newest is read from the files and their hashes, never fr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -87,12 +88,27 @@ def prune_checkpoints(run_dir: RunDir, retention: Retention) -> list[int]:
 
     The sidecar goes first, so that a kill in between leaves a file without a sidecar: no checkpoint.
     """
-    losses = {step: _read(run_dir.sidecar(step)).get("validation_loss") for step in run_dir.checkpoint_steps()}
+    whole = {step: sidecar for step, sidecar in sidecars(run_dir).items() if run_dir.checkpoint(step).is_file()}
+    losses = {step: sidecar.get("validation_loss") for step, sidecar in whole.items()}
     kept = retention.kept(losses)
     for step in losses.keys() - kept:
         os.unlink(run_dir.sidecar(step))
         run_dir.checkpoint(step).unlink(missing_ok=True)
     return sorted(kept)
+
+
+SIDECAR_FACTS = {"step", "file", "sha256", "bytes"}
+
+
+def sidecars(run_dir: RunDir) -> dict[int, dict[str, Any]]:
+    """What the sidecars hold that can be read, by step, ascending: one may be damaged, or just being pruned."""
+    found: dict[int, dict[str, Any]] = {}
+    for step in run_dir.checkpoint_steps():
+        with contextlib.suppress(OSError, ValueError):
+            sidecar = json.loads(run_dir.sidecar(step).read_bytes())
+            if isinstance(sidecar, dict) and set(sidecar) >= SIDECAR_FACTS and sidecar["step"] == step:
+                found[step] = sidecar
+    return found
 
 
 @dataclass(frozen=True)

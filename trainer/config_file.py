@@ -69,6 +69,16 @@ def load_config(
     return LoadedConfig(config, path, text, places)
 
 
+def reloaded(values: dict[str, Any], source: Path) -> LoadedConfig:
+    """The config that a run recorded in `source`; raises UserError if this version no longer takes it."""
+    _import_plugins(values.get("plugins"), str(source))
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_describe(error, values, {}, str(source))) from None
+    return LoadedConfig(config, source, config.to_yaml(), {})
+
+
 def _read(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > 1_000_000:

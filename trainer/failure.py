@@ -11,6 +11,7 @@ import torch
 
 from trainer.errors import RunEnd, UserError
 from trainer.run.files import write_atomic
+from trainer.run.redaction import redact
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -24,13 +25,25 @@ class Crashed(RunEnd):
     of_one_rank = True
 
 
-def explained(error: BaseException, config: Config, topology: Topology) -> BaseException:
-    """A UserError for what the user can mend, of this rank alone; any other error as it is."""
+def explained(error: BaseException, config: Config, topology: Topology, steps: int = 0) -> BaseException:
+    """A UserError for what the user can mend, of this rank alone; any other error as it is.
+
+    After `steps` > 0 of this start it is no refusal: the exit code is 1, and another try may get further.
+    """
     known = _known(error, config, topology)
     if known is None:
         return error
     known.of_one_rank = True
+    if steps:
+        known.exit_code, known.state = 1, "failed"
     return known
+
+
+def as_status(end: BaseException) -> tuple[str, int, str]:
+    """State, exit code and reason, as the manifest has them."""
+    if isinstance(end, RunEnd):
+        return end.state, end.exit_code, str(end)
+    return "failed", 1, f"{type(end).__name__}: {end}"
 
 
 def caused_by(end: BaseException, error: BaseException) -> BaseException:
@@ -84,15 +97,14 @@ def crashed(error: BaseException, run_dir: RunDir, rank: int, world_size: int) -
     if isinstance(error, RunEnd):
         return error
     path = run_dir.traceback(rank)
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     try:
         write_atomic(path, text)
     except OSError:
         return error
     at = traceback.extract_tb(error.__traceback__)[-1]
-    end = Crashed(
-        f"{type(error).__name__}: {error}\n  in {_short(at.filename)}:{at.lineno} {at.name}\n  traceback: {path}"
-    )
+    what = redact(f"{type(error).__name__}: {error}")
+    end = Crashed(f"{what}\n  in {_short(at.filename)}:{at.lineno} {at.name}\n  traceback: {path}")
     end.traceback = text if world_size == 1 else None  # those of several ranks would bury the cause
     return end
 

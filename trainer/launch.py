@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from trainer.preflight import Preflight
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
 from trainer.run.files import write_json
 from trainer.run.lock import RunLock
+from trainer.run.manifest import record_end
 from trainer.run.metrics import MetricsLog
 from trainer.run.metrics import read as read_metrics
 from trainer.run.records import changes_since
@@ -38,16 +40,19 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
     train = config.train
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     control, lock = Control(run_dir if runtime.is_main else None), RunLock(run_dir.path)
-    may_hang = False
+    may_hang, step = False, 0
     try:
-        start = runtime.from_main(lambda: _start(checked, run_dir, lock, resume, allowed, runtime.say))
-        _train(checked, runtime, run_dir, lock, start, control)
+        seen, start = runtime.from_main(
+            lambda: (run_dir.checkpoint_steps(), _start(checked, run_dir, lock, resume, allowed, runtime.say))
+        )
+        step = start.sidecar["step"] if start else 0
+        _train(checked, runtime, run_dir, lock, seen, start, control)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     except Stopped:
         raise
     except Exception as error:  # noqa: BLE001
         may_hang = runtime.may_hang_at_its_end
-        raise _ended(checked, runtime, run_dir, error)  # noqa: B904 (and no local name for it: see loop.run)
+        raise _ended(checked, runtime, run_dir, lock, step, error)  # noqa: B904 (and no local name for it: see loop.run)
     finally:
         lock.release()
         control.close()
@@ -55,9 +60,17 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
             runtime.close()
 
 
-def _ended(checked: Preflight, runtime: Runtime, run_dir: RunDir, error: Exception) -> BaseException:
-    """What ended the job, for those who read it."""
-    end = runtime.blame(explained(error, checked.config, checked.topology), 0)
+def _ended(
+    checked: Preflight, runtime: Runtime, run_dir: RunDir, lock: RunLock, step: int, error: Exception
+) -> BaseException:
+    """What ended the job, for those who read it. Rank 0 writes it down, but for a refusal, which writes nothing."""
+    end = runtime.blame(explained(error, checked.config, checked.topology), step)
+    if runtime.is_main and not isinstance(end, UserError) and run_dir.manifest.is_file() and lock.may_write():
+        ended = (end.state, end.exit_code) if isinstance(end, RunEnd) else ("failed", 1)
+        with contextlib.suppress(RunEnd, OSError):  # it must not hide the reason
+            record_end(
+                run_dir.manifest, *ended, str(end) if isinstance(end, RunEnd) else f"{type(end).__name__}: {end}"
+            )
     end = crashed(end, run_dir, runtime.rank, runtime.world_size)
     if isinstance(end, RunEnd):
         end.at_once = runtime.may_hang_at_its_end
@@ -65,7 +78,13 @@ def _ended(checked: Preflight, runtime: Runtime, run_dir: RunDir, error: Excepti
 
 
 def _train(
-    checked: Preflight, runtime: Runtime, run_dir: RunDir, lock: RunLock, start: Found | None, control: Control
+    checked: Preflight,
+    runtime: Runtime,
+    run_dir: RunDir,
+    lock: RunLock,
+    seen: list[int],
+    start: Found | None,
+    control: Control,
 ) -> None:
     """Everything that holds a wrapped model: gone when this returns, before the process group is."""
     started, say = time.monotonic(), runtime.say
@@ -76,8 +95,8 @@ def _train(
     training = assemble(checked, runtime, run_dir, start)
     for line in describe(training):
         say(line)
-    first = training.state.step
-    runtime.from_main(lambda: _prepare_folder(run_dir, lock, start, say))
+    first = training.first_step
+    runtime.from_main(lambda: _prepare_folder(run_dir, lock, seen, start, say))
     hooks = standard_hooks(checked, training, start)
     gc.enable()  # `train` switched it off for the start-up
     loop.run(training, hooks, control, say)
@@ -101,6 +120,7 @@ def _start(
         inputs,
         allowed,
         lambda: changes_since(trained_in, start.sidecar["data_fingerprint"], checked.leaves()),
+        say,
     )
     if step > checked.config.train.max_steps:
         raise UserError(
@@ -118,11 +138,12 @@ def _start(
     return start
 
 
-def _prepare_folder(run_dir: RunDir, lock: RunLock, start: Found | None, say: loop.Say) -> None:
+def _prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Found | None, say: loop.Say) -> None:
     """Rank 0: the folder as the next step wants it; raises UserError if another run took it in the meantime."""
     run_dir.create()
     lock.take()
-    _refuse_other_steps(run_dir, start)
+    if run_dir.checkpoint_steps() != seen:  # the start was chosen from others
+        raise UserError("another run has just written this folder", str(run_dir.path), "look, and start again")
     for request in (run_dir.stop_request, run_dir.save_request):
         request.unlink(missing_ok=True)  # meant for the run before
     for stray in run_dir.sweep():
@@ -141,14 +162,6 @@ def _prepare_folder(run_dir: RunDir, lock: RunLock, start: Found | None, say: lo
     step = start.sidecar["step"]
     shutil.copyfile(start.path, run_dir.checkpoint(step))
     write_json(run_dir.sidecar(step), start.sidecar)
-
-
-def _refuse_other_steps(run_dir: RunDir, start: Found | None) -> None:
-    """Raise UserError if the folder, now locked, is not what the start was chosen from: another run was quicker."""
-    ours = start.sidecar["step"] if start is not None and not _is_branch(start, run_dir) else None
-    intact = not run_dir.checkpoint_steps() if ours is None else run_dir.sidecar(ours).is_file()
-    if not intact:
-        raise UserError("another run has just written this folder", str(run_dir.path), "look, and start again")
 
 
 def _is_branch(start: Found, run_dir: RunDir) -> bool:

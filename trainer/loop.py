@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.control import Asked
-from trainer.errors import Diverged, RunEnd, Stopped
-from trainer.failure import caused_by, explained
+from trainer.errors import Diverged, Stopped
+from trainer.failure import as_status, caused_by, explained
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
@@ -37,11 +38,10 @@ def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> N
 
 def _ended(training: Training, crew: Crew, error: BaseException) -> BaseException:
     """What ended the run, for those who read it; the hooks have heard of it."""
-    end = training.runtime.blame(explained(error, training.config, training.topology), training.state.step)
-    if isinstance(end, RunEnd):
-        crew.end(end.state, end.exit_code, str(end))
-    else:
-        crew.end("failed", 1, f"{type(end).__name__}: {end}")
+    steps = training.state.step - training.first_step
+    end = explained(error, training.config, training.topology, steps)
+    end = training.runtime.blame(end, training.state.step)
+    crew.end(*as_status(end))
     return caused_by(end, error)
 
 
@@ -66,23 +66,24 @@ def _each_step(training: Training, crew: Crew, control: Asks, batches: Iterator[
             lines[-1] |= crew.measure(collective)
             crew.metrics(lines)
         crew.after_step(collective, last, asked == Asked.SAVE)
-        if pending.bad_steps >= train.max_bad_steps:
-            raise Diverged(
-                f"the gradient was not finite in {pending.bad_steps} steps in a row, the last is step {state.step}\n"
-                f"  it was fed, by slot: {_fed(training, state.step)}\n"
-                f"  all it drew has the keys (seed {train.seed}, stream, slot); "
-                f"`difftrain replay {training.run_dir.path} --step {state.step}` computes it again, sample by sample"
-            )
+        if pending.diverged_at is not None:
+            raise _diverged(training, pending.diverged_at)
         if stopping and state.step < train.max_steps:
             raise Stopped(f"{control.why or 'another rank was asked to stop'}: step {state.step} is done and saved")
 
 
-def _fed(training: Training, step: int, at_most: int = 8) -> str:
-    """The records of the 1-based `step` on all ranks, from the plan."""
-    batch, samples = training.topology.global_batch, training.samples
+def _diverged(training: Training, step: int, at_most: int = 8) -> Diverged:
+    """With the records of the 1-based `step` on all ranks, from the plan."""
+    train, batch, samples = training.config.train, training.topology.global_batch, training.samples
     slots = range((step - 1) * batch, step * batch)
     named = [f"{slot} {samples.records[samples.plan.record(slot)].key}" for slot in slots[:at_most]]
-    return ", ".join(named) + (f" and {batch - at_most} more" if batch > at_most else "")
+    more = f" and {batch - at_most} more" if batch > at_most else ""
+    return Diverged(
+        f"the gradient was not finite in {train.max_bad_steps} steps in a row, the last is step {step}\n"
+        f"  it was fed, by slot: {', '.join(named)}{more}\n"
+        f"  all it drew has the keys (seed {train.seed}, stream, slot); `difftrain replay "
+        f"{shlex.quote(str(training.run_dir.path))} --step {step}` computes it again, sample by sample"
+    )
 
 
 class PendingMetrics:
@@ -93,6 +94,7 @@ class PendingMetrics:
         self.results: list[StepResult] = []
         self.seconds = 0.0
         self.bad_steps = 0  # in a row, up to the last drain
+        self.diverged_at: int | None = None  # the first step at which they were too many
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Remember a step that took `seconds` of the host's time."""
@@ -110,6 +112,8 @@ class PendingMetrics:
         lines = []
         for result, digest, (loss, cut, grad_norm, skipped) in zip(self.results, digests, numbers, strict=True):
             self.bad_steps = self.bad_steps + 1 if skipped else 0
+            if self.bad_steps == self.training.config.train.max_bad_steps and self.diverged_at is None:
+                self.diverged_at = result.step
             self.training.captions_cut += int(cut)
             lines.append(
                 {

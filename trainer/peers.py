@@ -6,14 +6,19 @@ looks: at the first rank that wrote down why, else at those that wrote nothing, 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from trainer.errors import RunEnd
 
+BEAT_SECONDS = 2.0  # between two signs of life of a rank 0 that works while the others wait
 WAIT_SECONDS = 3.0  # for what the others have to say: they notice a lost rank within moments of each other
 
 
@@ -25,12 +30,55 @@ class PeerFailed(RunEnd):
         super().__init__(text)
 
 
+class LostContactError(RuntimeError):
+    """Another rank does not answer."""
+
+
 class Peers:
     """The ranks of this run, as far as they have something to say."""
 
     def __init__(self, rank: int, world_size: int):
         self.store, self.rank, self.world_size = PrefixStore("difftrain", _get_default_store()), rank, world_size
         self._told = False
+        self._jobs = 0  # of rank 0 alone, counted alike on all ranks
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """On rank 0: within it, the others hear that work goes on; `wait_for_main` is their side of it."""
+        job, ended = self._next_job(), threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not ended.wait(BEAT_SECONDS):
+                count += 1
+                self.store.set(f"{job}/beat", str(count))
+
+        thread = threading.Thread(target=beat, name=job, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.store.set(f"{job}/done", "")
+
+    def wait_for_main(self, timeout_seconds: float) -> None:
+        """Return when rank 0 has done its work, however long that takes; raises LostContactError once it is silent."""
+        job = self._next_job()
+        last, heard = None, time.monotonic()
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # what `wait` raises when it was not done in time
+                self.store.wait([f"{job}/done"], timedelta(seconds=min(BEAT_SECONDS, timeout_seconds)))
+                return
+            beat = self.store.get(f"{job}/beat") if self.store.check([f"{job}/beat"]) else None
+            if beat != last:
+                last, heard = beat, time.monotonic()
+            elif time.monotonic() - heard > timeout_seconds:
+                raise LostContactError(f"timed out waiting {timeout_seconds:g} s for rank 0")
+
+    def _next_job(self) -> str:
+        self._jobs += 1
+        return f"job/{self._jobs}"
 
     def explain(self, error: BaseException, step: int) -> BaseException:
         """The error itself if it began here, which the others now learn; else a PeerFailed that names who it was.
@@ -81,7 +129,7 @@ class Peers:
 
 def lost_contact(error: BaseException) -> bool:
     """Whether an error says no more than that a collective failed: another rank is the reason."""
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+    if isinstance(error, LostContactError | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     # gloo's errors are plain RuntimeErrors that begin with the place in its source.
     return isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or "NCCL" in str(error))

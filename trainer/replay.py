@@ -43,21 +43,36 @@ def replay(run_dir: RunDir, step: int, say: Say) -> Replayed:
     record = recorded(run_dir)
     if not 1 <= step <= len(record.lines):
         raise UserError(f"step {step} is not on record", str(run_dir.metrics), f"it has steps 1 to {len(record.lines)}")
-    checked = record.preflight()
+    number = record.start_of(step)
+    start = record.starts[number]
+    checked = record.checked(start)
     if checked.topology.world_size > 1:
         raise UserError("replay is one process", "the launch command", "difftrain replay RUN --step N")
-    if checked.data_fingerprint != record.manifest["data"]["fingerprint"]:
+    if checked.data_fingerprint != start.get("data_fingerprint", checked.data_fingerprint):
         say("note   the data are not those that the run recorded: `difftrain verify` says more")
-    start = _start(run_dir, step - 1)
-    with runtime_of(record, checked, say) as runtime:
-        return _replay(record, checked, runtime, start, step, say)
+    found = _checkpoint(record, number, step - 1)
+    with runtime_of(start, checked, say) as runtime:
+        return _replay(record, checked, runtime, found, step, say)
 
 
-def _start(run_dir: RunDir, last: int) -> Found | None:
-    """The newest whole checkpoint of a step up to `last`; None to start before the first step."""
-    for step in reversed([step for step in run_dir.checkpoint_steps() if step <= last]):
-        if fault_of(run_dir, step) is None:
-            return find(run_dir, step)
+def _checkpoint(record: Recorded, number: int, last: int) -> Found | None:
+    """The newest whole checkpoint of a step up to `last` from which steps can be computed as start `number` did.
+
+    None to begin before the first step.
+    """
+    start = record.starts[number]
+    while number and record.same_steps(record.starts[number - 1], start):
+        number -= 1
+    first = record.starts[number]["from_step"]
+    for step in reversed([step for step in record.run_dir.checkpoint_steps() if first <= step <= last]):
+        if fault_of(record.run_dir, step) is None:
+            return find(record.run_dir, step)
+    if first:
+        raise UserError(
+            f"no checkpoint of the steps {first} to {last} is left, and those before had another config or other data",
+            str(record.run_dir.path),
+            "checkpoint.keep_every_steps keeps more of them",
+        )
     return None
 
 

@@ -16,22 +16,23 @@ from trainer.repetition import Recorded, Say, advance, assembled, recorded, runt
 from trainer.resume import refuse_second_run
 from trainer.run.environment import snapshot
 from trainer.run.manifest import changes
+from trainer.run.metrics import finite
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from trainer.runtime import Runtime
 
-OTHER_RANKS = 1e-4  # relative: sums over another number of ranks are rounded in another order
+OTHER_ROUNDING = 1e-4  # relative: on other ranks, threads or micro batches sums are made in another order
 
 
 @dataclass
 class Reproduction:
-    """What came out. `inputs` and `circumstances`: section -> name -> (recorded, now), empty where nothing differs."""
+    """What came out. Sections: name -> (recorded, now), empty where nothing differs, None where it is not known."""
 
-    inputs: dict[str, dict[str, tuple[Any, Any]]]  # data and model: what the run was made from
+    inputs: dict[str, dict[str, tuple[Any, Any]] | None]  # data and model: what the run was made from
     records: dict[str, str]  # what became of the records that changed, by key
-    circumstances: dict[str, dict[str, tuple[Any, Any]]]  # code, environment: what may explain another result
+    circumstances: dict[str, dict[str, tuple[Any, Any]] | None]  # code, environment: what may explain another result
     steps: int  # compared
     relative: float  # the difference that numbers with a fraction may have; 0 is equality to the bit
     first_step: int | None = None  # at which a quantity differs
@@ -50,12 +51,14 @@ class Witness(MainHook):
 
     expected: list[dict[str, Any]]
     relative: float
+    _compared: int = PrivateAttr(0)
     _first_step: int | None = PrivateAttr(None)
     _quantities: dict[str, tuple[Any, Any]] = PrivateAttr(default_factory=dict)
 
     def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            different = line_differences(self.expected[line["step"] - 1], line, self.relative)
+            self._compared += 1
+            different = line_differences(self.expected[line["step"] - 1], finite(line), self.relative)
             if different and self._first_step is None:
                 self._first_step, self._quantities = line["step"], different
 
@@ -68,29 +71,44 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
     if output_dir is not None:
         output_dir.check_writable()
         refuse_second_run(output_dir)
-    record = recorded(run_dir, str(output_dir.path) if output_dir else None)
-    steps = min(steps, len(record.lines), record.one_config_until or steps)
-    checked = record.preflight()
-    topologies = [s["topology"]["world_size"] for s in record.manifest["starts"] if s["from_step"] < steps]
-    same_ranks = set(topologies) == {checked.topology.world_size}
-    found = Reproduction(
-        inputs=_inputs(record, checked),
-        records=_records(record, checked),
-        circumstances={},
-        steps=steps,
-        relative=0.0 if same_ranks else OTHER_RANKS,
-    )
-    witness = Witness(expected=record.lines, relative=found.relative)
-    with runtime_of(record, checked, say) as runtime:
-        found.circumstances = _circumstances(record, checked, snapshot(runtime.device_facts()))
-        if not same_ranks:
+    record = recorded(run_dir)
+    first = record.starts[0]
+    steps = min(steps, len(record.lines))
+    for start in record.starts[1:]:
+        if start["from_step"] < steps and not record.same_steps(first, start):
+            steps = start["from_step"]
+            say(f"note   the run went on from step {steps} with another config or other data: the steps before count")
+    checked = record.checked(first, str(output_dir.path) if output_dir else None)
+    relative = 0.0 if _same_rounding(record, steps, checked) else OTHER_ROUNDING
+    witness = Witness(expected=record.lines, relative=relative)
+    with runtime_of(first, checked, say) as runtime:
+        found = Reproduction(
+            inputs=_inputs(record, checked),
+            records=_records(record, checked),
+            circumstances=_circumstances(record, checked, snapshot(runtime.device_facts())),
+            steps=steps,
+            relative=relative,
+        )
+        if relative:
             say(
-                f"note   the run had {', '.join(map(str, sorted(set(topologies))))} ranks, here "
-                f"{checked.topology.world_size}: numbers may differ by {OTHER_RANKS:g} of their size"
+                f"note   other ranks, threads or micro batches than the run had: numbers may differ by {relative:g} of "
+                "their size"
             )
         _steps_again(checked, runtime, steps, output_dir, witness, say)
+    found.steps = witness._compared
     found.first_step, found.quantities = witness._first_step, witness._quantities
     return found
+
+
+def _same_rounding(record: Recorded, steps: int, checked: Preflight) -> bool:
+    """Whether sums are made in one order in all of the steps, and here: of the same ranks, micro batch and threads."""
+
+    def order(start: dict[str, Any]) -> tuple[Any, ...]:
+        return start["topology"]["world_size"], start["topology"]["micro_batch_size"], start.get("torch_threads")
+
+    first, *others = (start for start in record.starts if start["from_step"] < steps)
+    here = checked.topology.world_size, checked.topology.micro_batch, first.get("torch_threads")
+    return all(order(start) == here for start in (first, *others))
 
 
 def _steps_again(
@@ -109,41 +127,46 @@ def _steps_again(
     advance(training, hooks, steps, say, over=lambda: witness._first_step is not None)
 
 
-def _inputs(record: Recorded, checked: Preflight) -> dict[str, dict[str, tuple[Any, Any]]]:
+def _inputs(record: Recorded, checked: Preflight) -> dict[str, dict[str, tuple[Any, Any]] | None]:
     """What the run was made from: the data and the model's files."""
     if not _is_main():
         return {}
-    found: dict[str, dict[str, tuple[Any, Any]]] = {"data": {}, "model": {}}
-    if _data_changed(record, checked):
-        found["data"]["fingerprint"] = (record.manifest["data"]["fingerprint"], checked.data_fingerprint)
-    recorded, files = record.manifest["model"]["files"], checked.provenance.files
-    if recorded is not None and files is not None:
-        found["model"] = _pairs(changes(recorded, files))
+    found: dict[str, dict[str, tuple[Any, Any]] | None] = {"data": None, "model": None}
+    was = _fingerprint(record)
+    if was is not None:
+        now = checked.data_fingerprint
+        found["data"] = {} if was == now else {"fingerprint": (was, now)}
+    files, files_here = record.manifest["model"]["files"], checked.provenance.files
+    if files is not None and files_here is not None:
+        found["model"] = _pairs(changes(files, files_here))
     return found
 
 
 def _records(record: Recorded, checked: Preflight) -> dict[str, str]:
-    if not _is_main() or not _data_changed(record, checked):
+    was = _fingerprint(record)
+    if not _is_main() or was in (None, checked.data_fingerprint):
         return {}
-    return changes_since(record.run_dir, record.manifest["data"]["fingerprint"], checked.leaves()) or {}
+    return changes_since(record.run_dir, was, checked.leaves()) or {}
 
 
-def _data_changed(record: Recorded, checked: Preflight) -> bool:
+def _fingerprint(record: Recorded) -> str | None:
+    """Of the data of the first start; None if it was taken in another way than today's."""
     data = record.manifest["data"]
-    same_kind = data.get("fingerprint_format") == FINGERPRINT_FORMAT
-    return same_kind and data["fingerprint"] != checked.data_fingerprint
+    if data.get("fingerprint_format") != FINGERPRINT_FORMAT:
+        return None
+    return record.starts[0].get("data_fingerprint", data["fingerprint"])
 
 
-def _circumstances(record: Recorded, checked: Preflight, here: dict[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
-    facts = checked.manifest_facts(["reproduce"])
-    code, code_here = (
-        {"commit": manifest["git"]["commit"], "diff_sha256": manifest["git"]["diff_sha256"]}
-        | manifest["config"].get("plugins", {})
-        for manifest in (record.manifest, facts)
-    )
+def _circumstances(
+    record: Recorded, checked: Preflight, here: dict[str, Any]
+) -> dict[str, dict[str, tuple[Any, Any]] | None]:
+    start, facts = record.starts[0], checked.manifest_facts(["reproduce"])
+    code = {"commit": start["git_commit"], "diff_sha256": start["git_diff_sha256"]}
+    code_here = {name: facts["git"][name] for name in code}
+    plugins, plugins_here = (manifest["config"].get("plugins", {}) for manifest in (record.manifest, facts))
     return {
-        "code": _pairs(changes(code, code_here)),
-        "environment": _pairs(changes(record.environment, here, ignored=("time", "environment"))),
+        "code": _pairs(changes({**code, **plugins}, {**code_here, **plugins_here})),
+        "environment": _pairs(changes(record.environment_of(0), here, ignored=("time", "environment"))),
     }
 
 

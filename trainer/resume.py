@@ -135,20 +135,24 @@ def refuse_other_inputs(
     now: dict[str, Any],
     allowed: Sequence[str],
     changed_records: Callable[[], dict[str, str] | None],
+    say: Callable[[str], None],
 ) -> None:
-    """Raise UserError if the records or the model's files are not those that the checkpoint was trained with.
+    """Raise UserError if the records or the model's files are not those of the checkpoint, or say so if it is allowed.
 
     `changed_records` says by key what became of the records, None if nobody knows.
     """
     for name, key in FINGERPRINTS.items():
         was, found = sidecar.get(key), now[key]
-        if was is not None and found is not None and was != found and name not in allowed:
-            changed = changed_records() if name == "data" else None
+        if was is None or found is None or was == found:
+            continue
+        changed = changed_records() if name == "data" else None
+        what = f"{key} was {_short(was)}, is {_short(found)}{'; ' + named(changed) if changed else ''}"
+        if name not in allowed:
             raise UserError(
-                f"the {name} changed since the checkpoint: {key} was {_short(was)}, is {_short(found)}"
-                f"{'; ' + named(changed) if changed else ''}",
+                f"the {name} changed since the checkpoint: {what}",
                 fix=f"put it back, start a new run, or allow it: --allow-change {name}",
             )
+        say(f"changed since the checkpoint: {what}")
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
-from trainer.peers import Peers
+from trainer.peers import PeerFailed, Peers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,14 +46,22 @@ class Runtime:
                 "use fp32 or bf16 here",
             )
         # Without cpu=True, two processes on a machine without a GPU become two independent rank-0 mains.
-        self._accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(precision, precision),
-            cpu=not has_accelerator,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=device_timeout),
-            ],
-        )
+        try:
+            self._accelerator = Accelerator(
+                mixed_precision={"fp32": "no"}.get(precision, precision),
+                cpu=not has_accelerator,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=device_timeout),
+                ],
+            )
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise PeerFailed(
+                f"the ranks did not find each other within {device_timeout.total_seconds():g} s; if rank 0 is hashing "
+                "new pictures, let `difftrain validate` do it first, or raise train.collective_timeout_seconds "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        self._timeout_seconds = collective_timeout_seconds
         self.device = self._accelerator.device
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
@@ -170,13 +178,19 @@ class Runtime:
         return items
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on all ranks; the UserError it raises there is raised on all."""
+        """What `action` returns on rank 0, on all ranks; the UserError it raises there is raised on all.
+
+        The others wait as long as it takes, and no longer than the time-out for a rank 0 that gives no sign of life.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
-            try:
-                outcome[0] = action()
-            except UserError as error:
-                outcome[1] = error
+            with self._peers.working() if self._peers else contextlib.nullcontext():
+                try:
+                    outcome[0] = action()
+                except UserError as error:
+                    outcome[1] = error
+        elif self._peers:
+            self._peers.wait_for_main(self._timeout_seconds)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, group=self._host_group)
         if outcome[1] is not None:

@@ -45,6 +45,7 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
+    first_step: int = 0  # optimizer steps done before this start
     captions_cut: int = 0  # since this start
     measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
 
@@ -124,6 +125,7 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         state=state,
         samples=trained,
         held_out=held_out,
+        first_step=state.step,
     )
 
 

@@ -162,7 +162,7 @@ def test_no_secret_reaches_any_file_of_a_run(tmp_path, monkeypatch, checkout):
     )
     changed = {"tracking.api_key": {"was": None, "now": "opaque one"}}
     manifest = Manifest(tmp_path / "run_manifest.json")
-    manifest.begin(facts, start_entry(facts, 0, config_changes=changed))
+    manifest.begin(facts, start_entry(facts, 0, config_changes=changed), {})
     manifest.end("failed", 1, f"401 from https://u:in-the-url@h with {secrets['WANDB_API_KEY']}")
     written = (tmp_path / "run_manifest.json").read_text() + json.dumps(snapshot())
     assert [secret for secret in hidden if secret in written] == []

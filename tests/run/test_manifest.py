@@ -32,7 +32,7 @@ def path(tmp_path):
 
 def begun(path, step=0, **options):
     manifest = Manifest(path, sleep=lambda _: None)
-    manifest.begin(facts(**options), start_entry(facts(**options), step, time="2026-01-01T00:00:00+00:00"))
+    manifest.begin(facts(**options), start_entry(facts(**options), step, time="2026-01-01T00:00:00+00:00"), {"seed": 7})
     return manifest
 
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 CONFIG = """\
 plugins: [unlucky]
 model: {kind: tiny}
-data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 10}
+data: {kind: shapes, image_size: 32, num_workers: 1, num_images: 10}
 train: {seed: 7, max_steps: 1000, global_batch_size: 4, micro_batch_size: 2, log_every: 1}
 objective: {kind: unlucky}
 lr: {kind: constant, peak: 1e-3, warmup_steps: 0}
@@ -24,6 +24,7 @@ checkpoint: {every_steps: 2}
 """
 PLUGIN = """\
 import os, signal, time
+from trainer.hooks import checkpointing
 from trainer.objectives.flow import Flow
 
 class Unlucky(Flow):
@@ -38,8 +39,14 @@ class Unlucky(Flow):
                 file.write(str(time.time()))
             if fate == "raises":
                 raise ValueError("no luck today")
+            if fate == "disk_is_slow":
+                return super().loss(pred, target)
             os.kill(os.getpid(), {"stops": signal.SIGSTOP, "is_killed": signal.SIGKILL}[fate])
         return super().loss(pred, target)
+
+if os.environ["FATE"].startswith("disk_is_slow"):
+    save = checkpointing.save_checkpoint
+    checkpointing.save_checkpoint = lambda *all: (time.sleep(9), save(*all))[1]
 """
 
 
@@ -99,3 +106,11 @@ def test_of_three_ranks_the_one_that_was_killed_is_named(folder: Path):
     assert seconds < 15
     assert "failed: rank 2 gone after step 5\n" in said
     assert manifest(folder / "run")["status"]["reason"] == "rank 2 gone after step 5"
+
+
+def test_ranks_wait_for_a_rank_0_that_saves_longer_than_the_time_out(folder: Path):
+    more = ["train.collective_timeout_seconds=4", "train.max_steps=4"]
+    code, said = start(folder, "run", *more, ranks=2, FATE="disk_is_slow 0")
+    assert code == 0, said
+    assert RunDir(folder / "run").checkpoint_steps() == [2, 4], "one saved in the background, one at the end"
+    assert manifest(folder / "run")["status"]["state"] == "done"

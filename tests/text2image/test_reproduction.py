@@ -120,6 +120,86 @@ def test_a_step_that_is_not_on_record_is_refused(run: Path, capsys):
     assert "it has steps 1 to 6" in capsys.readouterr().err
 
 
+def resume(*options: str) -> int:
+    """Go on with the run in the working directory."""
+    return main(["train", "--config", "config.yaml", "--output-dir", "run", "--resume", "auto", *options])
+
+
+def test_steps_after_an_allowed_change_are_replayed_as_they_were_and_reproduced_up_to_it(run: Path, capsys):
+    metadata = run.parent / "pictures" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("circle", "disc").replace("square", "block"))
+    allow = ["--allow-change", "data", "weighting.kind", "weighting.gamma", "lr.peak", "--set", "train.max_steps=9"]
+    capsys.readouterr()
+    assert resume(*allow, "weighting={kind: min_snr}", "lr.peak=1e-4", "train.micro_batch_size=4") == 0
+    said = capsys.readouterr().out
+    assert "changed since the checkpoint: data_fingerprint was " in said
+    assert "captions changed" in said
+
+    assert main(["reproduce", str(run)]) == 1, "the pictures are not those of the first steps"
+    output = capsys.readouterr().out
+    assert "note   the run went on from step 6 with another config or other data" in output
+    assert "data: 1 differ" in output
+    assert main(["replay", str(run), "--step", "8"]) == 0
+    loss = lines(run)[7]["loss"]
+    assert f"step 8: mean {loss:.6g}"[:-1] in capsys.readouterr().out
+
+
+def test_another_micro_batch_in_the_middle_is_reproduced_up_to_rounding(run: Path, capsys):
+    assert resume("--set", "train.max_steps=8", "train.micro_batch_size=4") == 0
+    capsys.readouterr()
+    assert main(["reproduce", str(run)]) == 0, capsys.readouterr().out
+    assert "steps 1 to 8: equal to 0.0001 of their size" in capsys.readouterr().out
+
+
+def test_a_start_whose_steps_were_all_done_again_does_not_count(run: Path, capsys):
+    manifest = json.loads((run / "run_manifest.json").read_text())
+    first = manifest["starts"][0]
+    dead = {**first, "topology": {**first["topology"], "world_size": 7}, "torch_threads": 99}
+    (run / "run_manifest.json").write_text(json.dumps({**manifest, "starts": [dead, *manifest["starts"]]}))
+    assert main(["reproduce", str(run), "--steps", "2"]) == 0
+    assert "steps 1 to 2: equal to the bit" in capsys.readouterr().out
+
+
+def test_a_branch_is_told_to_reproduce_the_run_that_it_came_from(run: Path, capsys):
+    branch = ["--output-dir", "branch", "--resume", "run/checkpoint-4.pt"]
+    assert main(["train", "--config", "config.yaml", *branch]) == 0
+    assert main(["reproduce", "branch"]) == 2
+    assert "branched off another one at step 4" in capsys.readouterr().err
+
+
+def test_a_config_edited_after_the_run_is_not_what_is_computed_again(run: Path):
+    resolved = run / "config.resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("peak: 0.001", "peak: 0.5"))
+    assert "peak: 0.5" in resolved.read_text()
+    assert main(["reproduce", str(run), "--steps", "2"]) == 0
+
+
+def test_a_step_whose_loss_was_not_a_number_is_reproduced_and_replayed(tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "half_broken.py").write_text(
+        "from trainer.objectives.flow import Flow\n"
+        "class HalfBroken(Flow):\n"
+        "    kind = 'half_broken'\n"
+        "    def loss(self, pred, target):\n"
+        "        losses = super().loss(pred, target)\n"
+        "        losses[1] *= float('nan')\n"
+        "        return losses\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = CONFIG.replace("imagefolder, data_root: pictures", "shapes, num_images: 8")
+    (tmp_path / "config.yaml").write_text(f"plugins: [half_broken]\n{config}")
+    broken = ["objective.kind=half_broken", "train.max_bad_steps=3", "train.log_every=1"]
+    assert main(["train", "--config", "config.yaml", "--output-dir", "run", "--set", *broken]) == 76
+    capsys.readouterr()
+    assert main(["reproduce", "run"]) == 0, capsys.readouterr().out
+    assert "steps 1 to 3: equal to the bit" in capsys.readouterr().out
+    assert main(["replay", "run", "--step", "3"]) == 0
+    output = capsys.readouterr().out
+    rows = output[output.index("record") :].splitlines()[1:-1]
+    assert [row.split()[0] == "nan" for row in rows] == [True, True, False, False], "one of each micro batch of two"
+    assert "recorded loss not finite, gradient norm not finite" in output
+
+
 @pytest.mark.slow
 def test_the_demo_reproduces_and_an_edited_line_of_its_objective_is_seen_at_step_1_in_the_loss(tmp_path: Path):
     checkout = tmp_path / "checkout"

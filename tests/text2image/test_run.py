@@ -459,17 +459,80 @@ def test_an_unforeseen_error_is_told_in_one_line_above_its_traceback_which_is_ke
         "class Faulty(Flow):\n"
         "    kind = 'faulty'\n"
         "    def loss(self, pred, target):\n"
-        "        raise ValueError('the loss is lost')\n"
+        "        raise ValueError('the loss is lost at https://me:hunter2pass@tracker.example')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert train(config, tmp_path / "run", "--set", "plugins=[faulty]", "objective.kind=faulty") == 1
     told = capsys.readouterr().err
-    assert told.startswith("failed: ValueError: the loss is lost\n  in ")
+    assert told.startswith("failed: ValueError: the loss is lost at https://")
+    assert "hunter2pass" not in told
     kept = (tmp_path / "run" / "traceback-rank-0.txt").read_text()
     assert kept in told
     assert "faulty.py" in kept
+    written = (tmp_path / "run" / "run_manifest.json").read_text() + kept
+    assert "hunter2pass" not in written
     status = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]
-    assert status == {"state": "failed", "exit_code": 1, "reason": "ValueError: the loss is lost"}
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["reason"].startswith("ValueError: the loss is lost at https://")
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_although_good_ones_follow_before_they_are_written(
+    config, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "relapsing.py").write_text(
+        "from typing import ClassVar\n"
+        "from trainer.objectives.flow import Flow\n"
+        "class Relapsing(Flow):\n"
+        "    kind = 'relapsing'\n"
+        "    losses: ClassVar[int] = 0\n"
+        "    def loss(self, pred, target):\n"
+        "        Relapsing.losses += 1\n"
+        "        return super().loss(pred, target) * (float('nan') if Relapsing.losses in (2, 3, 4) else 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["plugins=[relapsing]", "objective.kind=relapsing", "train.max_bad_steps=3", "train.log_every=6"]
+    assert train(config, tmp_path / "run", "--set", *options, "checkpoint.every_steps=6") == 76
+    assert "not finite in 3 steps in a row, the last is step 4\n" in capsys.readouterr().err
+
+
+def test_a_start_that_lost_the_race_for_the_folder_harms_nothing_of_the_run_that_won(config, tmp_path):
+    from trainer.checkpoint import find_newest
+    from trainer.errors import UserError
+    from trainer.launch import _prepare_folder
+    from trainer.run.lock import RunLock
+    from trainer.run.rundir import RunDir
+
+    run = RunDir(tmp_path / "run")
+    assert train(config, run.path, "--set", "train.max_steps=4") == 0
+    seen, start = run.checkpoint_steps(), find_newest(run, print)  # here one start chooses, and then another one trains
+    assert train(config, run.path, "--resume", "auto") == 0
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file() and path.name != "run.lock"}
+    lock = RunLock(run.path)
+    try:
+        with pytest.raises(UserError, match="another run has just written this folder"):
+            _prepare_folder(run, lock, seen, start, print)
+    finally:
+        lock.release()
+    after = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file() and path.name != "run.lock"}
+    assert after == before
+
+
+def test_a_resume_that_fails_before_its_first_step_does_not_leave_the_end_of_the_start_before(
+    config, tmp_path, monkeypatch
+):
+    (tmp_path / "no_hook.py").write_text(
+        "from trainer.hook import CollectiveHook\n"
+        "class NoHook(CollectiveHook):\n"
+        "    kind = 'no_hook'\n"
+        "    def on_start(self, training):\n"
+        "        raise RuntimeError('no luck')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=2") == 0
+    more = ["--resume", "auto", "--set", "plugins=[no_hook]", "hooks=[{kind: no_hook}]"]
+    assert train(config, tmp_path / "run", *more) == 1
+    status = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["status"]
+    assert status == {"state": "failed", "exit_code": 1, "reason": "RuntimeError: no luck"}
 
 
 def test_a_hook_of_rank_0_that_fails_costs_one_warning_and_not_the_run(config, tmp_path, capsys, monkeypatch):

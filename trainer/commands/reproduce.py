@@ -10,6 +10,14 @@ from trainer.errors import UserError
 
 EXAMPLE = "difftrain reproduce runs/mine --steps 20"
 AT_MOST = 8  # differences a section
+NOT_COMPARED = {
+    "data": "the run has a fingerprint of another kind",
+    "model": "it has no files, or they cannot be found without the network",
+}
+UNEXPLAINED = (
+    "nothing on record explains it: kernels that are not deterministic (train.deterministic), code that git does not "
+    "track, or the hardware"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,22 +57,18 @@ def run(args: argparse.Namespace) -> int:
         for name, (was, now) in found.quantities.items():
             say(f"  {name}: {was!r} -> {now!r}")
         explained = {**found.inputs, **found.circumstances}
-        say("what may explain it:" if any(explained.values()) else _unexplained(found.relative))
+        say("what may explain it:" if any(explained.values()) else UNEXPLAINED)
         for section, different in found.circumstances.items():
             _tell(section, different, say)
     return 0 if found.equal else 1
 
 
-def _tell(section: str, different: dict, say) -> None:
+def _tell(section: str, different: dict | None, say) -> None:
+    if different is None:
+        say(f"{section}: not compared, {NOT_COMPARED[section]}")
+        return
     say(f"{section}: {'as recorded' if not different else f'{len(different)} differ'}")
     for name, (was, now) in list(different.items())[:AT_MOST]:
         say(f"  {name}: {was} -> {now}")
     if len(different) > AT_MOST:
         say(f"  and {len(different) - AT_MOST} more")
-
-
-def _unexplained(relative: float) -> str:
-    return (
-        "nothing that is on record explains it: kernels that are not deterministic (train.deterministic), uncommitted "
-        "code that was the same size of change, or a fault of the hardware"
-    )

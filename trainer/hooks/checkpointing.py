@@ -43,7 +43,8 @@ class Checkpointing(CollectiveHook):
         return last or step % self.every_steps == 0
 
     def measure(self, training: Training) -> dict[str, float]:
-        self._wait()  # before this step's metrics line is written: a kill then costs one interval, never two
+        # Before this step's metrics line is written: a kill then costs one interval, never two.
+        training.runtime.from_main(self._wait)
         return {}
 
     def after_step(self, training: Training, last: bool) -> None:
@@ -55,8 +56,7 @@ class Checkpointing(CollectiveHook):
         if not finite:
             raise Diverged(f"the weights are not finite after step {training.state.step}; nothing was saved")
         self._account(training)
-        if training.runtime.is_main:
-            self._save(training, last)
+        training.runtime.from_main(lambda: self._save(training, last))
         if last:
             self._account(training)
             if self._failures:
@@ -101,11 +101,15 @@ class Checkpointing(CollectiveHook):
         self._problem = "the save did not end"
         try:
             save_checkpoint(run_dir, content, facts)
-            prune_checkpoints(run_dir, self.retention)
             self._problem = None
         except OSError as error:
             print(f"warning: checkpoint-{content['step']} was not saved, older ones are kept: {error}", flush=True)
             self._problem = str(error)
+            return
+        try:
+            prune_checkpoints(run_dir, self.retention)
+        except OSError as error:
+            print(f"warning: an old checkpoint was not removed: {error}", flush=True)
 
     def _room_for(self, content: dict[str, Any]) -> bool:
         import psutil

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from pydantic import PrivateAttr
 
+from trainer.checkpoint import sidecars
 from trainer.data.fingerprint import Leaf
 from trainer.hook import MainHook, RunView
 from trainer.run.manifest import Manifest, changes, start_entry
@@ -44,9 +44,13 @@ class ManifestFile(MainHook):
         write_records(run_dir, self.facts["data"]["fingerprint"], self.leaves)
         self._manifest = Manifest(run_dir.manifest)
         start = start_entry(
-            self.facts, view.step, environment_changes=environment_changes, config_changes=self.config_changes
+            self.facts,
+            view.step,
+            environment_changes=environment_changes,
+            config_changes=self.config_changes,
+            torch_threads=self.environment.get("torch_threads"),
         )
-        self._manifest.begin(self.facts, start)
+        self._manifest.begin(self.facts, start, view.config)
 
     def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
         self._list_checkpoints(RunDir(view.folder))  # a save in the background may have ended at any moment
@@ -60,13 +64,10 @@ class ManifestFile(MainHook):
         steps = run_dir.checkpoint_steps()
         if steps == self._listed:
             return
-        sidecars = []
-        for step in steps:
-            with contextlib.suppress(FileNotFoundError):  # the save in the background has just pruned it
-                sidecars.append(json.loads(run_dir.sidecar(step).read_bytes()))  # damaged ones were set aside
-        for sidecar in sidecars:
-            self._manifest.add_checkpoint(sidecar["step"], sidecar["file"], sidecar["sha256"], sidecar["bytes"])
-        self._manifest.keep_checkpoints(sidecar["step"] for sidecar in sidecars)
+        whole = sidecars(run_dir)
+        for step, sidecar in whole.items():
+            self._manifest.add_checkpoint(step, sidecar["file"], sidecar["sha256"], sidecar["bytes"])
+        self._manifest.keep_checkpoints(whole)
         self._listed = steps
 
     def on_end(self, view: RunView, state: str, exit_code: int, reason: str) -> None:

@@ -34,6 +34,10 @@ class RunLock:
                 "wait for it, stop it, or give another --output-dir",
             )
 
+    def may_write(self) -> bool:
+        """Whether no other process holds the lock."""
+        return self._descriptor is not None or self.holder() is None
+
     def holder(self) -> str | None:
         """Who holds the lock, or None if nobody does. Not for the process that holds it: asking would drop it."""
         assert self._descriptor is None, "closing any descriptor of the file would drop our own lock"

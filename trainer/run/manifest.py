@@ -77,6 +77,7 @@ def start_entry(
     *,
     environment_changes: Mapping[str, Any] | None = None,
     config_changes: Mapping[str, Any] | None = None,
+    torch_threads: int | None = None,
     time: str | None = None,
 ) -> dict[str, Any]:
     """One entry of `starts`: who started, when, from which step, with what, and what changed since the last start."""
@@ -86,6 +87,8 @@ def start_entry(
         "command": facts["command"],
         "topology": facts["topology"],
         "resolved_sha256": facts["config"]["resolved_sha256"],
+        "data_fingerprint": facts["data"]["fingerprint"],
+        "torch_threads": torch_threads,
         "git_commit": facts["git"]["commit"],
         "git_diff_sha256": facts["git"]["diff_sha256"],
         "config_changes": dict(config_changes or {}),
@@ -97,7 +100,7 @@ def start_entry(
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], ignored: Iterable[str] = ("time",)) -> dict[str, Any]:
     """What differs, as {"packages.torch": {"was": "2.12.0", "now": "2.13.0"}}; absent counts as null."""
-    was, now = _flat(before), _flat(after)
+    was, now = flat(before), flat(after)
     return {
         name: {"was": was.get(name), "now": now.get(name)}
         for name in sorted(was.keys() | now.keys())
@@ -140,15 +143,24 @@ class Manifest:
 
     def validated(self, facts: Mapping[str, Any]) -> None:
         """A manifest without a start; raises UserError if the one there has starts, which must not be lost."""
-        self._load()
+        self.load()
         if self.contents["starts"]:
             raise UserError("this folder holds a run, whose manifest is not replaced", str(self.path), "choose another")
         self._set(**facts, status=_status("validated", 0, "the config is valid"))
 
-    def begin(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """The facts of this start, with `start` after the earlier ones and the known checkpoints kept."""
-        self._load()
-        self._set(**facts, starts=[*self.contents["starts"], dict(start)], status=_status("running", None, ""))
+    def begin(self, facts: Mapping[str, Any], start: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """The facts of this start, with `start` after the earlier ones and the known checkpoints kept.
+
+        `config` is every value of it; each config that a start had is kept once, by its hash.
+        """
+        self.load()
+        configs = {**self.contents.get("configs", {}), start["resolved_sha256"]: dict(config)}
+        self._set(
+            **facts,
+            configs=configs,
+            starts=[*self.contents["starts"], dict(start)],
+            status=_status("running", None, ""),
+        )
 
     def add_checkpoint(self, step: int, file: str, sha256: str, size_bytes: int) -> None:
         """Lists a committed checkpoint, in place of an earlier one of the same step."""
@@ -169,16 +181,24 @@ class Manifest:
         if checkpoints != self.contents["checkpoints"]:
             self._set(checkpoints=checkpoints)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Read what the file holds."""
         fresh = {"schema_version": SCHEMA_VERSION, "starts": [], "checkpoints": []}
         self.contents = read_manifest(self.path) if self.path.exists() else fresh
 
     def _set(self, **changed: Any) -> None:
         assert self.contents, "begin or validated comes first"
         merged = self.contents | redact_tree(changed)
-        history = {key: merged.pop(key) for key in ("starts", "checkpoints", "status")}
+        history = {key: merged.pop(key) for key in ("configs", "starts", "checkpoints", "status") if key in merged}
         self.contents = merged | history  # what grows stands last
         retrying(lambda: write_json(self.path, self.contents), self._attempts, what=str(self.path), sleep=self._sleep)
+
+
+def record_end(path: str | Path, state: str, exit_code: int, reason: str) -> None:
+    """The end of a start that came to no `begin`, in the manifest of the run that it would have gone on with."""
+    manifest = Manifest(path)
+    manifest.load()
+    manifest.end(state, exit_code, reason)
 
 
 def _status(state: str, exit_code: int | None, reason: str) -> dict[str, Any]:
@@ -186,8 +206,9 @@ def _status(state: str, exit_code: int | None, reason: str) -> dict[str, Any]:
     return {"state": state, "exit_code": exit_code, "reason": reason}
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by dotted name."""
+    values: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return flat
+        values |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return values

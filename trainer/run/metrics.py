@@ -131,7 +131,7 @@ class MetricsLog:
 
 def to_line(record: dict[str, Any]) -> bytes:
     """The record as one line of JSON with its newline; NaN and infinities as null."""
-    return json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+    return json.dumps(finite(record), allow_nan=False).encode() + b"\n"
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -232,11 +232,12 @@ def _cut(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as a line of the metrics has it: None for each number in it that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
