@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import FORMAT, Retention, fault_of, find_newest, save_checkpoint
+from trainer.checkpoint import FORMAT, Retention, fault_of, find_newest, save_checkpoint, sealed
 from trainer.cli import main
 from trainer.errors import UserError
 from trainer.hooks.checkpointing import copied, tensors
@@ -175,7 +175,9 @@ def rewritten(run_dir: RunDir, step: int, version: int, **facts: Any) -> None:
     path = run_dir.checkpoint(step)
     torch.save(torch.load(path, weights_only=True) | {"format": version}, path)
     sidecar = json.loads(run_dir.sidecar(step).read_text()) | {"format": version, **facts}
-    sidecar |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    sidecar = sealed(sidecar | {"bytes": path.stat().st_size, "sha256": sha256_file(path)})
+    if version == 1:
+        del sidecar["seal"]
     run_dir.sidecar(step).write_text(json.dumps(sidecar))
 
 
@@ -223,7 +225,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over_for_an_ol
     rewritten(RunDir(run), 4, FORMAT + 1)
     sidecar = json.loads(RunDir(run).sidecar(4).read_text())
     del sidecar["sha256"]  # a newer format may call it by another name
-    RunDir(run).sidecar(4).write_text(json.dumps(sidecar))
+    RunDir(run).sidecar(4).write_text(json.dumps(sealed(sidecar)))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert train(run, "--resume", "auto") == 2
     said = capsys.readouterr().err
@@ -237,7 +239,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over_for_an_ol
 def test_a_newer_content_under_todays_sidecar_is_refused(two_checkpoints: RunDir):
     rewritten(two_checkpoints, 2, FORMAT + 1)
     sidecar = json.loads(two_checkpoints.sidecar(2).read_text()) | {"format": FORMAT}
-    two_checkpoints.sidecar(2).write_text(json.dumps(sidecar))
+    two_checkpoints.sidecar(2).write_text(json.dumps(sealed(sidecar)))
     found = find_newest(two_checkpoints, print)
     assert found is not None
     with pytest.raises(
@@ -265,3 +267,19 @@ def test_a_damaged_sidecar_of_an_older_checkpoint_costs_that_one_alone(tmp_path:
     assert RunDir(run).checkpoint_steps() == [2, 4, 6]
     assert [entry["step"] for entry in read_manifest(RunDir(run).manifest)["checkpoints"]] == [4, 6]
     assert fault_of(RunDir(run), 4) is None, "the damaged one does not count as one to keep"
+
+
+def test_any_flipped_bit_of_the_newest_sidecar_is_found(two_checkpoints: RunDir):
+    sidecar = two_checkpoints.sidecar(2)
+    whole = sidecar.read_bytes()
+    unnoticed = []
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        sidecar.write_bytes(damaged)
+        found = find_newest(two_checkpoints, lambda line: None)
+        assert found is not None
+        if found.path != two_checkpoints.checkpoint(1):
+            unnoticed.append(bit)
+            assert json.loads(damaged) == json.loads(whole)
+    assert len(unnoticed) < 20, "white space that stays white space"

@@ -8,6 +8,7 @@ exist. Which one is the newest is read from the files and their hashes, never fr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from trainer.run.files import fault_point, open_atomic, sha256_file, write_json
 from trainer.run.rundir import RunDir
 
 FORMAT = 2
+UNSEALED_FORMAT = 1  # its sidecars have no hash of their own
 
 Migrated = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -60,9 +62,15 @@ def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, A
             raise file.problem or OSError(f"writing {path.name} failed: {error}") from error
     fault_point(f"{path.name} renamed")
     sidecar = {"format": FORMAT, "step": step, "file": path.name, "bytes": file.size_bytes, "sha256": file.sha256()}
-    sidecar |= facts
-    write_json(run_dir.sidecar(step), sidecar)
-    return sidecar
+    write_json(run_dir.sidecar(step), sealed(sidecar | facts))
+    return sidecar | facts
+
+
+def sealed(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """The sidecar with the sha256 of all that it says, so that it can be trusted as the file beside it can."""
+    said = {name: value for name, value in sidecar.items() if name != "seal"}
+    text = json.dumps(said, sort_keys=True, allow_nan=False)
+    return said | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,8 @@ def sidecars(run_dir: RunDir) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for step in run_dir.checkpoint_steps():
         with contextlib.suppress(OSError, ValueError):
-            sidecar = json.loads(run_dir.sidecar(step).read_bytes())
-            if isinstance(sidecar, dict) and set(sidecar) >= SIDECAR_FACTS and sidecar["step"] == step:
+            sidecar = _read(run_dir, step)
+            if set(sidecar) >= SIDECAR_FACTS:
                 found[step] = sidecar
     return found
 
@@ -179,15 +187,23 @@ def find(run_dir: RunDir, step: int) -> Found:
 
 
 def _found(run_dir: RunDir, step: int) -> Found:
-    return Found(run_dir.checkpoint(step), _sidecar(run_dir, step), _read(run_dir.sidecar(step))["format"])
+    return Found(run_dir.checkpoint(step), _sidecar(run_dir, step), _read(run_dir, step)["format"])
 
 
 def _sidecar(run_dir: RunDir, step: int) -> dict[str, Any]:
-    return _in_todays_format(_read(run_dir.sidecar(step)), "sidecar", run_dir.sidecar(step))
+    return _in_todays_format(_read(run_dir, step), "sidecar", run_dir.sidecar(step))
 
 
-def _read(sidecar: Path) -> dict[str, Any]:
-    return json.loads(sidecar.read_text(encoding="utf-8"))
+def _read(run_dir: RunDir, step: int) -> dict[str, Any]:
+    """The sidecar as it was written; raises OSError, or ValueError if it is damaged or of another step."""
+    sidecar = json.loads(run_dir.sidecar(step).read_text(encoding="utf-8"))
+    if not isinstance(sidecar, dict):
+        raise ValueError("it is no JSON object")
+    if sidecar.get("format") != UNSEALED_FORMAT and sealed(sidecar) != sidecar:
+        raise ValueError("its seal is broken: something in it was changed")
+    if sidecar.get("step") != step:
+        raise ValueError(f"it is of step {sidecar.get('step')}")
+    return sidecar
 
 
 def find_newest(run_dir: RunDir, say: Callable[[str], None]) -> Found | None:

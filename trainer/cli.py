@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -57,17 +58,8 @@ def guarded(action) -> int:
     try:
         return action()
     except RunEnd as end:
-        rank = os.environ.get("RANK", "0")
-        if os.environ.get("LOCAL_RANK", "0") == "0" or end.of_one_rank:
-            sys.stdout.flush()
-            word = "error" if end.exit_code == UserError.exit_code else end.state
-            print(
-                f"rank {rank}: {end}" if end.of_one_rank and rank != "0" else f"{word}: {end}",
-                file=sys.stderr,
-                flush=True,
-            )
-            if end.traceback:
-                print(end.traceback, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it: the exit code still tells
+            _tell(end)
         if end.at_once:
             os._exit(end.exit_code)
         return end.exit_code
@@ -76,6 +68,18 @@ def guarded(action) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left
         return 141
+
+
+def _tell(end: RunEnd) -> None:
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not end.of_one_rank:
+        return
+    sys.stdout.flush()
+    word = "error" if end.exit_code == UserError.exit_code else end.state
+    title = f"rank {rank}" if end.of_one_rank and rank != "0" else word
+    print(f"{title}: {end}", file=sys.stderr, flush=True)
+    if end.traceback:
+        print(end.traceback, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -96,4 +96,5 @@ class Control:
 
 def _write(text: str) -> None:
     """Past Python's buffers: a handler may run in the middle of another print."""
-    os.write(2, text.encode())
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(2, text.encode())

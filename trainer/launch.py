@@ -9,10 +9,12 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from trainer import loop
-from trainer.checkpoint import Found, set_aside_after
+from trainer.checkpoint import Found, sealed, set_aside_after
 from trainer.control import Control
 from trainer.errors import RunEnd, Stopped, UserError
 from trainer.failure import caused_by, crashed, explained
@@ -20,18 +22,16 @@ from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
-from trainer.run.files import write_json
+from trainer.run.files import open_atomic, write_atomic, write_json
 from trainer.run.lock import RunLock
-from trainer.run.manifest import record_end
-from trainer.run.metrics import MetricsLog
+from trainer.run.manifest import read_manifest, record_end
+from trainer.run.metrics import check as check_metrics
 from trainer.run.metrics import read as read_metrics
+from trainer.run.metrics import to_line
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.training import Training, assemble
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
@@ -134,6 +134,10 @@ def _start(
             str(start.path.parent),
             "branch off from a whole run directory",
         )
+    if not _is_branch(start, run_dir):
+        check_metrics(run_dir.metrics, step)
+        if run_dir.manifest.exists():
+            read_manifest(run_dir.manifest)
     say(f"resume {start.path} at step {step}")
     return start
 
@@ -148,20 +152,21 @@ def _prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Foun
         request.unlink(missing_ok=True)  # meant for the run before
     for stray in run_dir.sweep():
         say(f"note   removed {stray}, left half-written by a killed run")
+    for orphan in run_dir.uncommitted():
+        say(f"note   {orphan.name} has no sidecar, so it is no checkpoint; its {orphan.stat().st_size:,} bytes can go")
     if start is None:
         return
     if not _is_branch(start, run_dir):
         for name in set_aside_after(run_dir, start.sidecar["step"]):
             say(f"note   renamed {name} to {name}.damaged")
         return
-    # The history and the first checkpoint of a branch are the other run's: killed early, it goes on from there.
-    log = MetricsLog(run_dir.metrics)
-    log.rewind(0)
-    log.append(_history(start))
-    log.sync()
+    # The history and the first checkpoint of a branch are the other run's. The sidecar commits them: the copy, which
+    # takes long, comes first, while the folder does not hold a run yet, and then the history in one step.
     step = start.sidecar["step"]
-    shutil.copyfile(start.path, run_dir.checkpoint(step))
-    write_json(run_dir.sidecar(step), start.sidecar)
+    with open(start.path, "rb") as there, open_atomic(run_dir.checkpoint(step)) as here:
+        shutil.copyfileobj(there, here)
+    write_atomic(run_dir.metrics, b"".join(map(to_line, _history(start))))
+    write_json(run_dir.sidecar(step), sealed(start.sidecar))
 
 
 def _is_branch(start: Found, run_dir: RunDir) -> bool:
@@ -181,6 +186,11 @@ def describe(training: Training) -> list[str]:
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
     trained_as = training.components.scheduler.get("prediction_type")
+    drops = any(
+        isinstance(module, nn.Dropout) and module.p > 0
+        for part in training.state.modules.values()
+        for module in part.modules()
+    )
     mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
         f"model  {source.source}{revision}: {', '.join(sizes)}, vae {_count(training.components.vae)} "
@@ -190,6 +200,11 @@ def describe(training: Training) -> list[str]:
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
         f"{', deterministic' if config.train.deterministic else ''}",
         *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
+        *(
+            ["note   this model has dropout: what it drops depends on the micro batch, all else does not"]
+            if drops
+            else []
+        ),
         f"output {training.run_dir.path}",
     ]
 

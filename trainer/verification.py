@@ -40,6 +40,8 @@ def verify(run_dir: RunDir, say: Callable[[str], None] = silent) -> Iterator[Fin
         return
     yield Finding(resolved.name, _differs(sha256_file(resolved), recorded))
     listed = {entry["step"]: entry["sha256"] for entry in manifest["checkpoints"]}
+    if manifest["status"]["state"] == "running":  # going on or killed: the newest prunings are not in the manifest
+        listed = {step: sha256 for step, sha256 in listed.items() if _is_there(run_dir, step)}
     for step in sorted({*listed, *run_dir.checkpoint_steps()}):
         yield Finding(run_dir.checkpoint(step).name, _checkpoint_fault(run_dir, step, listed.get(step)))
     yield Finding(run_dir.metrics.name, _metrics_fault(run_dir))
@@ -54,6 +56,10 @@ def verify(run_dir: RunDir, say: Callable[[str], None] = silent) -> Iterator[Fin
 
 def _differs(found: str, recorded: str) -> str | None:
     return None if found == recorded else f"its sha256 is {found[:12]}..., recorded is {recorded[:12]}..."
+
+
+def _is_there(run_dir: RunDir, step: int) -> bool:
+    return run_dir.sidecar(step).exists() or run_dir.checkpoint(step).exists()
 
 
 def _checkpoint_fault(run_dir: RunDir, step: int, listed: str | None) -> str | None:

@@ -138,6 +138,17 @@ def test_usr1_saves_and_ends_as_sigterm_does(run: Path):
     assert saved(run) == [steps(run)]
 
 
+def test_a_job_whose_output_nobody_reads_any_more_trains_on_and_stops_as_asked(run: Path):
+    with job([sys.executable, *arguments(run)], run) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as when Ctrl-C ends the `tee` behind a pipe
+        after = steps(run)
+        wait_for(lambda: steps(run) > after + 5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 75
+    assert saved(run) == [steps(run)]
+
+
 @pytest.mark.parametrize("amid_a_save", [False, True])
 def test_a_second_signal_ends_it_at_once_and_leaves_no_partial_file(run: Path, amid_a_save: bool):
     big = ["--set", "checkpoint.every_steps=4", "model.unet_channels=[256,256]"]  # 0.1 s or more for a save

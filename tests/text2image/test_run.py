@@ -566,3 +566,26 @@ def test_a_resume_says_what_harmless_keys_changed_and_the_manifest_keeps_it(conf
         first, second = json.loads((tmp_path / "run" / "run_manifest.json").read_text())["starts"]
         assert second["config_changes"][key] == {"was": was, "now": now}
         assert first["config_changes"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("metrics.jsonl", "line 2 should be step 2"), ("run_manifest.json", "the run manifest cannot be read")],
+)
+def test_a_resume_that_is_refused_for_a_damaged_file_writes_nothing(config, tmp_path, capsys, name, told):
+    run = tmp_path / "run"
+    assert train(config, run, "--set", "train.max_steps=4") == 0
+    damaged = run / name
+    damaged.write_text(damaged.read_text().replace('"step": 2', '"step" 2', 1))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert train(config, run, "--resume", "auto") == 2
+    assert told in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_damaged_environment_file_is_written_anew(config, tmp_path):
+    run = tmp_path / "run"
+    assert train(config, run, "--set", "train.max_steps=4") == 0
+    (run / "env.json").write_text("{")
+    assert train(config, run, "--resume", "auto") == 0
+    assert json.loads((run / "env.json").read_text())["packages"]["torch"]

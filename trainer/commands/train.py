@@ -13,6 +13,7 @@ from trainer.config_file import load_config
 from trainer.errors import UserError
 from trainer.preflight import Preflight, preflight
 from trainer.resume import refuse_second_run
+from trainer.run.console import outliving_readers
 from trainer.run.rundir import RunDir
 
 EXAMPLE = "difftrain train --config configs/from_scratch.yaml --set train.max_steps=1000"
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             from trainer.launch import launch
 
-            launch(checked, run_dir, args.resume, args.allow_change)
+            with outliving_readers():
+                launch(checked, run_dir, args.resume, args.allow_change)
     finally:
         gc.enable()
     return 0

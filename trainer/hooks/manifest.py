@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -38,7 +39,7 @@ class ManifestFile(MainHook):
     def on_start(self, view: RunView) -> None:
         run_dir = RunDir(view.folder)
         environment_changes = {}
-        if run_dir.environment.is_file():
+        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: it is written anew
             environment_changes = changes(json.loads(run_dir.environment.read_bytes()), self.environment)
         write_opening_files(run_dir, self.environment, self.resolved_config)
         write_records(run_dir, self.facts["data"]["fingerprint"], self.leaves)

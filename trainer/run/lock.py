@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -53,7 +54,11 @@ class RunLock:
     def take(self) -> None:
         """Hold the lock until `release` or the end of the process; raises UserError if another process does."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not _locked(descriptor):
+        for _ in range(10):  # who only asks for the holder has the lock for a moment
+            if _locked(descriptor):
+                break
+            time.sleep(0.05)
+        else:
             os.close(descriptor)
             self.refuse_if_held()
             raise UserError("another run has just left this folder", str(self.path.parent), "look, and start again")

@@ -139,6 +139,11 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return [_parse(line, number, path) for number, line in enumerate(_whole_lines(Path(path)), start=1)]
 
 
+def check(path: Path, step: int) -> None:
+    """Raises UserError, naming the first that is not, if lines 1 to `step` are not all there; changes nothing."""
+    _measure(path, step)
+
+
 def _measure(path: Path, step: int) -> tuple[int, int]:
     """The bytes that lines 1 to `step` take, and how many lines follow them, a torn one included.
 

@@ -63,6 +63,11 @@ class RunDir:
             return []
         return sorted(int(match[1]) for name in names if (match := _SIDECAR.fullmatch(name)))
 
+    def uncommitted(self) -> list[Path]:
+        """The checkpoint files without a sidecar, of a kill between the two or of a sidecar that was set aside."""
+        committed = {self.checkpoint(step).name for step in self.checkpoint_steps()}
+        return sorted(path for path in self.path.glob("checkpoint-*.pt") if path.name not in committed)
+
     def holds_run(self) -> bool:
         """Whether a step was taken here: metrics.jsonl has a whole line, or a checkpoint sidecar exists."""
         if self.checkpoint_steps():
