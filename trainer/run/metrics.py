@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,12 @@ def _measure(path: Path, step: int) -> tuple[int, int]:
 
     Of a long file only the end is read line by line; if it does not hold what it should, all of it is.
     """
+    facts = path.stat() if path.exists() else None
+    return _measure_now(path, step, facts and (facts.st_size, facts.st_mtime_ns, facts.st_ino))
+
+
+@lru_cache(maxsize=1)  # a start asks twice: whether it may go on, and where to
+def _measure_now(path: Path, step: int, unchanged: tuple[int, int, int] | None) -> tuple[int, int]:
     head_bytes, head_lines = _head(path, step)
     try:
         return _measure_from(path, step, head_bytes, head_lines)
