@@ -53,7 +53,7 @@ class TrainSection(Section):
     )
     collective_timeout_seconds: float = Field(
         default=600,
-        gt=0,
+        ge=5,
         description="How long ranks wait for one that is silent; then the run ends and names it.",
     )
     gradient_checkpointing: bool = Field(

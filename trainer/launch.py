@@ -17,7 +17,7 @@ from trainer import loop
 from trainer.checkpoint import Found, sealed, set_aside_after
 from trainer.control import Control
 from trainer.errors import RunEnd, Stopped, UserError
-from trainer.failure import caused_by, crashed, explained
+from trainer.failure import as_status, caused_by, crashed, explained
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
@@ -66,11 +66,8 @@ def _ended(
     """What ended the job, for those who read it. Rank 0 writes it down, but for a refusal, which writes nothing."""
     end = runtime.blame(explained(error, checked.config, checked.topology), step)
     if runtime.is_main and not isinstance(end, UserError) and run_dir.manifest.is_file() and lock.may_write():
-        ended = (end.state, end.exit_code) if isinstance(end, RunEnd) else ("failed", 1)
         with contextlib.suppress(RunEnd, OSError):  # it must not hide the reason
-            record_end(
-                run_dir.manifest, *ended, str(end) if isinstance(end, RunEnd) else f"{type(end).__name__}: {end}"
-            )
+            record_end(run_dir.manifest, *as_status(end))
     end = crashed(end, run_dir, runtime.rank, runtime.world_size)
     if isinstance(end, RunEnd):
         end.at_once = runtime.may_hang_at_its_end

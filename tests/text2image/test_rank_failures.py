@@ -109,7 +109,7 @@ def test_of_three_ranks_the_one_that_was_killed_is_named(folder: Path):
 
 
 def test_ranks_wait_for_a_rank_0_that_saves_longer_than_the_time_out(folder: Path):
-    more = ["train.collective_timeout_seconds=4", "train.max_steps=4"]
+    more = ["train.collective_timeout_seconds=5", "train.max_steps=4"]
     code, said = start(folder, "run", *more, ranks=2, FATE="disk_is_slow 0")
     assert code == 0, said
     assert RunDir(folder / "run").checkpoint_steps() == [2, 4], "one saved in the background, one at the end"
