@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,21 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> 
 
 
 def test_killed_at_random_moments_and_resumed_each_time_it_ends_as_the_unbroken_run(tmp_path: Path):
-    chance, run = random.Random(1), tmp_path / "killed"
+    halves = KILLS // 2, KILLS - KILLS // 2
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as both:  # a start needs one core for seconds: two runs at a time
+        list(both.map(killed_again_and_again, folders, (1, 2), halves))
+
+
+def killed_again_and_again(folder: Path, seed: int, kills: int) -> None:
+    chance, run = random.Random(seed), folder / "killed"
     lost = []
-    for _ in range(KILLS):
+    for _ in range(kills):
         before = len(lines(run))
         newest = max(RunDir(run).checkpoint_steps(), default=0)
-        with start(tmp_path, "killed") as process:
+        with start(folder, "killed") as process:
             # It has gone on from its checkpoint, and past it: the kill lands inside the loop.
             wanted = newest + chance.randint(1, 4)
             wait_for(lambda now=before, wanted=wanted: len(lines(run)) >= wanted and len(lines(run)) != now, process)
@@ -97,12 +107,12 @@ def test_killed_at_random_moments_and_resumed_each_time_it_ends_as_the_unbroken_
         lost.append(len(steps) - max(verified, default=0))
     assert max(lost) <= 1, f"intervals lost at each kill: {lost}"
     last = len(lines(run)) + 2
-    finish(tmp_path, "killed", f"train.max_steps={last}")
-    finish(tmp_path, "whole", f"train.max_steps={last}")
-    assert equal(run, tmp_path / "whole", last)
+    finish(folder, "killed", f"train.max_steps={last}")
+    finish(folder, "whole", f"train.max_steps={last}")
+    assert equal(run, folder / "whole", last)
     assert not list(run.glob(".*")), "what the kills left half-written was swept away"
     starts = json.loads((run / "run_manifest.json").read_text())["starts"]
-    assert len(starts) == KILLS + 1
+    assert len(starts) == kills + 1
 
 
 def test_a_kill_between_the_checkpoint_and_its_sidecar_leaves_the_one_before(tmp_path: Path):
@@ -182,8 +192,8 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
 def start_two_ranks(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), *TRAIN[1:]]
+    # torchrun: `accelerate launch` imports for seconds before it does the same
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *TRAIN[1:]]
     arguments = ["--config", str(config), "--output-dir", str(folder / "run"), "--resume", "auto"]
     return subprocess.Popen(
         [*launcher, *arguments, "--set", "checkpoint.every_steps=100000", *overrides],
