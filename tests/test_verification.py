@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.checkpoint import sealed
 from trainer.cli import main
 
 CONFIG = """\
@@ -65,7 +66,7 @@ def test_one_flipped_bit_of_a_checkpoint_is_found(copy: Path, capsys):
 def test_a_checkpoint_replaced_together_with_its_sidecar_is_found(copy: Path, capsys):
     sidecar = json.loads((copy / "checkpoint-2.json").read_text())
     shutil.copy(copy / "checkpoint-2.pt", copy / "checkpoint-4.pt")
-    (copy / "checkpoint-4.json").write_text(json.dumps(sidecar | {"file": "checkpoint-4.pt", "step": 4}))
+    (copy / "checkpoint-4.json").write_text(json.dumps(sealed(sidecar | {"file": "checkpoint-4.pt", "step": 4})))
     assert changed(copy, capsys) == (1, ["checkpoint-4.pt"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.checkpoint import sealed
 from trainer.cli import main
 
 CONFIG = """\
@@ -343,7 +344,7 @@ def test_a_config_field_that_is_newer_than_the_checkpoint_does_not_stop_a_resume
     sidecar = json.loads((run / "checkpoint-2.json").read_text())
     data = (run / "checkpoint-2.pt").read_bytes()
     sidecar |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (run / "checkpoint-2.json").write_text(json.dumps(sidecar))
+    (run / "checkpoint-2.json").write_text(json.dumps(sealed(sidecar)))
     assert train(config, run, "--resume", "auto") == 0
 
 
@@ -359,7 +360,7 @@ def test_a_hostile_checkpoint_with_a_matching_sidecar_is_refused_and_runs_nothin
     data = (run / "checkpoint-2.pt").read_bytes()
     sidecar = json.loads((run / "checkpoint-2.json").read_text())
     sidecar |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (run / "checkpoint-2.json").write_text(json.dumps(sidecar))
+    (run / "checkpoint-2.json").write_text(json.dumps(sealed(sidecar)))
     assert train(config, run, "--resume", "auto") == 2
     assert "this is not a checkpoint of difftrain" in capsys.readouterr().err
     assert not (tmp_path / "it ran").exists()
