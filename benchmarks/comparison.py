@@ -1,7 +1,8 @@
-"""What both benchmarks say beside their numbers: the machine, the versions, the command."""
+"""What the benchmarks share: their sizes, and the machine, versions and command that stand beside their numbers."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import shlex
@@ -13,6 +14,18 @@ from typing import Any
 from trainer.run.environment import cpu_facts, nvidia_gpus, utc_time
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "difftrain")
+
+
+def add_step_arguments(parser: argparse.ArgumentParser, timed: str) -> None:
+    """The sizes of a benchmark whose sets of `timed` (loops, runs) take turns of steps of the tiny model."""
+    parser.add_argument("--sets", type=int, default=8, help=f"times that the {timed} are built anew (default 8)")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each in a set (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default 20)")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth (default 64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every ratio included")
 
 
 def circumstances(arguments: Sequence[str]) -> dict[str, Any]:

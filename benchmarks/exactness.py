@@ -20,7 +20,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic mode wants it
 
 import torch
-from comparison import conclude
+from comparison import add_step_arguments, conclude
 from loop_tax import Clock, Spent
 from torch import Tensor
 
@@ -200,15 +200,8 @@ def share_of_a_step(
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the JSON: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=8, help="times that the runs are built anew (default 8)")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each run in a set (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default 20)")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth (default 64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    add_step_arguments(parser, "runs")
     parser.add_argument("--repeats", type=int, default=300, help="times that each draw is timed (default 300)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every ratio included")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

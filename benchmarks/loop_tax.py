@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import conclude
+from comparison import add_step_arguments, conclude
 from pydantic import PrivateAttr
 from torch import Tensor
 
@@ -241,14 +241,7 @@ def compare(sets: list[dict[str, list[Spent]]], steps: int, clock: str) -> dict[
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=8, help="times that the loops are built anew (default 8)")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each loop in a set (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default 20)")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth (default 64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every ratio included")
+    add_step_arguments(parser, "loops")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

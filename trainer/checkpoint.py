@@ -23,6 +23,7 @@ from trainer.run.rundir import RunDir
 
 FORMAT = 2
 UNSEALED_FORMAT = 1  # its sidecars have no hash of their own
+SIDECAR_FACTS = {"step", "file", "sha256", "bytes"}
 
 Migrated = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -46,8 +47,8 @@ MIGRATIONS = {
 }
 
 
-def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the checkpoint of `content["step"]` and return its sidecar; raises OSError if storage fails.
+def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the checkpoint of `content["step"]` and its sidecar; raises OSError if storage fails.
 
     `facts` join the sidecar: images seen, hashes of config and data, versions.
     """
@@ -63,7 +64,6 @@ def save_checkpoint(run_dir: RunDir, content: dict[str, Any], facts: dict[str, A
     fault_point(f"{path.name} renamed")
     sidecar = {"format": FORMAT, "step": step, "file": path.name, "bytes": file.size_bytes, "sha256": file.sha256()}
     write_json(run_dir.sidecar(step), sealed(sidecar | facts))
-    return sidecar | facts
 
 
 def sealed(sidecar: dict[str, Any]) -> dict[str, Any]:
@@ -103,9 +103,6 @@ def prune_checkpoints(run_dir: RunDir, retention: Retention) -> list[int]:
         os.unlink(run_dir.sidecar(step))
         run_dir.checkpoint(step).unlink(missing_ok=True)
     return sorted(kept)
-
-
-SIDECAR_FACTS = {"step", "file", "sha256", "bytes"}
 
 
 def sidecars(run_dir: RunDir) -> dict[int, dict[str, Any]]:

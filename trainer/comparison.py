@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,10 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
     ours, theirs = (load_config(run_dir.resolved_config).config.model_dump(mode="json") for run_dir in (a, b))
     found.sections["config"] = differences(ours, theirs)
     found.sections["config"].pop("train.output_dir", None)  # where it lies is not what it is
-    found.sections["environment"] = _pairs(*(json.loads(run_dir.environment.read_bytes()) for run_dir in (a, b)))
+    found.sections["environment"] = pairs(*(json.loads(run_dir.environment.read_bytes()) for run_dir in (a, b)))
     for section in ("git", "model", "data", "topology"):
-        found.sections[section] = _pairs(*(manifest[section] for manifest in manifests))
-    found.sections["plugins"] = _pairs(*(manifest["config"].get("plugins", {}) for manifest in manifests))
+        found.sections[section] = pairs(*(manifest[section] for manifest in manifests))
+    found.sections["plugins"] = pairs(*(manifest["config"].get("plugins", {}) for manifest in manifests))
     if "fingerprint" in found.sections["data"]:
         fingerprints = [manifest["data"]["fingerprint"] for manifest in manifests]
         found.records = changes_since(a, fingerprints[0], read_records(b, fingerprints[1]))
@@ -52,8 +52,18 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
     return found
 
 
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (change["was"], change["now"]) for name, change in changes(a, b).items()}
+def pairs(a: Mapping[str, Any], b: Mapping[str, Any], ignored: Iterable[str] = ("time",)) -> dict[str, tuple[Any, Any]]:
+    """The dotted names at which two trees of facts differ, each with both values; None where a name is absent."""
+    return {name: (change["was"], change["now"]) for name, change in changes(a, b, ignored).items()}
+
+
+def told(title: str, differences: Mapping[str, str], at_most: int) -> Iterator[str]:
+    """Lines for people: the title, a line for each of the first differences, and how many more there are."""
+    yield title
+    for name, what in list(differences.items())[:at_most]:
+        yield f"  {name}: {what}"
+    if len(differences) > at_most:
+        yield f"  and {len(differences) - at_most} more"
 
 
 def _metrics(a: RunDir, b: RunDir, found: Comparison) -> dict[str, tuple[Any, Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.errors import RunEnd, UserError
+from trainer.errors import Diverged, RunEnd, UserError
 from trainer.run.files import write_atomic
 from trainer.run.redaction import redact
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from trainer.config import Config
     from trainer.data.topology import Topology
     from trainer.run.rundir import RunDir
+    from trainer.training import Training
+
+NAMED_RECORDS = 8
 
 
 class Crashed(RunEnd):
@@ -87,6 +91,20 @@ def _lower(config: Config, topology: Topology) -> str:
         ways.append("train.precision=bf16")
     ways.append(f"a data.image_size below {config.data.image_size}")
     return "set " + ", or ".join(ways)
+
+
+def diverged(training: Training, step: int) -> Diverged:
+    """The gradient stayed non-finite up to the 1-based `step`; with that step's records on all ranks, from the plan."""
+    train, batch, samples = training.config.train, training.topology.global_batch, training.samples
+    slots = range((step - 1) * batch, step * batch)
+    named = [f"{slot} {samples.records[samples.plan.record(slot)].key}" for slot in slots[:NAMED_RECORDS]]
+    more = f" and {batch - NAMED_RECORDS} more" if batch > NAMED_RECORDS else ""
+    return Diverged(
+        f"the gradient was not finite in {train.max_bad_steps} steps in a row, the last is step {step}\n"
+        f"  it was fed, by slot: {', '.join(named)}{more}\n"
+        f"  all it drew has the keys (seed {train.seed}, stream, slot); `difftrain replay "
+        f"{shlex.quote(str(training.run_dir.path))} --step {step}` computes it again, sample by sample"
+    )
 
 
 def crashed(error: BaseException, run_dir: RunDir, rank: int, world_size: int) -> BaseException:

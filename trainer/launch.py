@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -26,8 +25,7 @@ from trainer.run.files import open_atomic, write_atomic, write_json
 from trainer.run.lock import RunLock
 from trainer.run.manifest import read_manifest, record_end
 from trainer.run.metrics import check as check_metrics
-from trainer.run.metrics import read as read_metrics
-from trainer.run.metrics import to_line
+from trainer.run.metrics import first_lines
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -125,16 +123,9 @@ def _start(
             checked.loaded.where("train.max_steps"),
             "raise train.max_steps",
         )
-    if _is_branch(start, run_dir) and (steps := len(_history(start))) < step:
-        raise UserError(
-            f"the run of this checkpoint has metrics of only {steps} steps",
-            str(start.path.parent),
-            "branch off from a whole run directory",
-        )
-    if not _is_branch(start, run_dir):
-        check_metrics(run_dir.metrics, step)
-        if run_dir.manifest.exists():
-            read_manifest(run_dir.manifest)
+    check_metrics(trained_in.metrics, step)
+    if run_dir.manifest.exists():
+        read_manifest(run_dir.manifest)
     say(f"resume {start.path} at step {step}")
     return start
 
@@ -162,16 +153,12 @@ def _prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Foun
     step = start.sidecar["step"]
     with open(start.path, "rb") as there, open_atomic(run_dir.checkpoint(step)) as here:
         shutil.copyfileobj(there, here)
-    write_atomic(run_dir.metrics, b"".join(map(to_line, _history(start))))
+    write_atomic(run_dir.metrics, first_lines(RunDir(start.path.parent).metrics, step))
     write_json(run_dir.sidecar(step), sealed(start.sidecar))
 
 
 def _is_branch(start: Found, run_dir: RunDir) -> bool:
     return start.path.parent.resolve() != run_dir.path.resolve()
-
-
-def _history(start: Found) -> list[dict[str, Any]]:
-    return read_metrics(RunDir(start.path.parent).metrics)[: start.sidecar["step"]]
 
 
 def describe(training: Training) -> list[str]:
@@ -183,11 +170,8 @@ def describe(training: Training) -> list[str]:
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
     trained_as = training.components.scheduler.get("prediction_type")
-    drops = any(
-        isinstance(module, nn.Dropout) and module.p > 0
-        for part in training.state.modules.values()
-        for module in part.modules()
-    )
+    layers = [layer for network in training.state.modules.values() for layer in network.modules()]
+    drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
     mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
         f"model  {source.source}{revision}: {', '.join(sizes)}, vae {_count(training.components.vae)} "
@@ -197,11 +181,7 @@ def describe(training: Training) -> list[str]:
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
         f"{', deterministic' if config.train.deterministic else ''}",
         *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
-        *(
-            ["note   this model has dropout: what it drops depends on the micro batch, all else does not"]
-            if drops
-            else []
-        ),
+        *(["note   this model has dropout, and what it drops depends on the micro batch"] if drops else []),
         f"output {training.run_dir.path}",
     ]
 

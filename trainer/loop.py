@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.control import Asked
-from trainer.errors import Diverged, Stopped
-from trainer.failure import as_status, caused_by, explained
+from trainer.errors import Stopped
+from trainer.failure import as_status, caused_by, diverged, explained
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
@@ -29,7 +28,8 @@ def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> N
     crew = Crew(training, hooks, say)
     try:
         crew.start()
-        _steps(training, crew, control)
+        with contextlib.closing(training.batches(training.state.step, training.config.train.max_steps)) as batches:
+            _steps(training, crew, control, batches)
     except BaseException as error:  # noqa: BLE001
         # Not by way of a local name: with the traceback it would make a cycle, which keeps the loader's workers alive.
         raise _ended(training, crew, error)  # noqa: B904
@@ -45,12 +45,7 @@ def _ended(training: Training, crew: Crew, error: BaseException) -> BaseExceptio
     return caused_by(end, error)
 
 
-def _steps(training: Training, crew: Crew, control: Asks) -> None:
-    with contextlib.closing(training.batches(training.state.step, training.config.train.max_steps)) as batches:
-        _each_step(training, crew, control, batches)
-
-
-def _each_step(training: Training, crew: Crew, control: Asks, batches: Iterator[Batch]) -> None:
+def _steps(training: Training, crew: Crew, control: Asks, batches: Iterator[Batch]) -> None:
     train, state = training.config.train, training.state
     pending = PendingMetrics(training)
     while state.step < train.max_steps:
@@ -67,23 +62,9 @@ def _each_step(training: Training, crew: Crew, control: Asks, batches: Iterator[
             crew.metrics(lines)
         crew.after_step(collective, last, asked == Asked.SAVE)
         if pending.diverged_at is not None:
-            raise _diverged(training, pending.diverged_at)
+            raise diverged(training, pending.diverged_at)
         if stopping and state.step < train.max_steps:
             raise Stopped(f"{control.why or 'another rank was asked to stop'}: step {state.step} is done and saved")
-
-
-def _diverged(training: Training, step: int, at_most: int = 8) -> Diverged:
-    """With the records of the 1-based `step` on all ranks, from the plan."""
-    train, batch, samples = training.config.train, training.topology.global_batch, training.samples
-    slots = range((step - 1) * batch, step * batch)
-    named = [f"{slot} {samples.records[samples.plan.record(slot)].key}" for slot in slots[:at_most]]
-    more = f" and {batch - at_most} more" if batch > at_most else ""
-    return Diverged(
-        f"the gradient was not finite in {train.max_bad_steps} steps in a row, the last is step {step}\n"
-        f"  it was fed, by slot: {', '.join(named)}{more}\n"
-        f"  all it drew has the keys (seed {train.seed}, stream, slot); `difftrain replay "
-        f"{shlex.quote(str(training.run_dir.path))} --step {step}` computes it again, sample by sample"
-    )
 
 
 class PendingMetrics:

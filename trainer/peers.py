@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from trainer.errors import RunEnd
+from trainer.failure import as_status
 
 BEAT_SECONDS = 2.0  # between two signs of life of a rank 0 that works while the others wait
 WAIT_SECONDS = 3.0  # for what the others have to say: they notice a lost rank within moments of each other
@@ -94,11 +95,7 @@ class Peers:
             return PeerFailed(f"the launcher's store is gone after step {step}: {_first_line(error)}")
 
     def _tell(self, error: BaseException, step: int) -> BaseException:
-        ended = isinstance(error, RunEnd)
-        text = str(error) if ended else f"{type(error).__name__}: {error}"
-        facts = {"text": text, "step": step}
-        facts |= {"exit_code": error.exit_code, "state": error.state} if ended else {}
-        self.store.set(f"failed/{self.rank}", json.dumps(facts))
+        self.store.set(f"failed/{self.rank}", json.dumps([step, *as_status(error)]))
         return error
 
     def _look(self, error: BaseException, step: int) -> PeerFailed:
@@ -122,9 +119,8 @@ class Peers:
         return found
 
     def _named(self, rank: int) -> PeerFailed:
-        facts = json.loads(self.store.get(f"failed/{rank}"))
-        text = f"rank {rank} failed after step {facts.pop('step')}: {facts.pop('text')}"
-        return PeerFailed(text, **facts)
+        step, state, exit_code, reason = json.loads(self.store.get(f"failed/{rank}"))
+        return PeerFailed(f"rank {rank} failed after step {step}: {reason}", exit_code, state)
 
 
 def lost_contact(error: BaseException) -> bool:

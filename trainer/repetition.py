@@ -14,7 +14,7 @@ from trainer.config_file import load_config, reloaded
 from trainer.control import Asked
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.preflight import Preflight, preflight
-from trainer.resume import differences, is_free
+from trainer.resume import among, differences, free_keys
 from trainer.run.files import sha256_file
 from trainer.run.manifest import flat, read_manifest
 from trainer.run.metrics import read as read_metrics
@@ -59,12 +59,9 @@ class Recorded:
     def same_steps(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
         """Whether two starts compute the same steps, but for the rounding of sums: of equal config and data."""
         changed = differences(self.config(one), self.config(other))
-        harmless = () if self._lr_depends_on_max_steps(one) else ("train.max_steps",)
+        free = free_keys(reloaded(self.config(one), self.run_dir.manifest).config)
         same_data = one.get("data_fingerprint") == other.get("data_fingerprint")
-        return same_data and all(is_free(key, harmless) for key in changed)
-
-    def _lr_depends_on_max_steps(self, start: dict[str, Any]) -> bool:
-        return reloaded(self.config(start), self.run_dir.manifest).config.lr.depends_on_max_steps
+        return same_data and all(among(key, free) for key in changed)
 
     def checked(self, start: dict[str, Any], output_dir: str | None = None) -> Preflight:
         """The run as it was then, checked again, for this process among those of its launch."""

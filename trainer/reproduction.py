@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PrivateAttr
 
-from trainer.comparison import line_differences
+from trainer.comparison import line_differences, pairs
 from trainer.data.fingerprint import FINGERPRINT_FORMAT
 from trainer.hook import Hook, MainHook, RunView
 from trainer.preflight import Preflight
 from trainer.repetition import Recorded, Say, advance, assembled, recorded, runtime_of
 from trainer.resume import refuse_second_run
 from trainer.run.environment import snapshot
-from trainer.run.manifest import changes
 from trainer.run.metrics import finite
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
@@ -26,17 +25,20 @@ if TYPE_CHECKING:
 OTHER_ROUNDING = 1e-4  # relative: on other ranks, threads or micro batches sums are made in another order
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reproduction:
-    """What came out. Sections: name -> (recorded, now), empty where nothing differs, None where it is not known."""
+    """What came out. Sections: name -> (recorded, now), empty where nothing differs, None where it is not known.
+
+    On other ranks than 0 nothing is compared, and nothing differs.
+    """
 
     inputs: dict[str, dict[str, tuple[Any, Any]] | None]  # data and model: what the run was made from
     records: dict[str, str]  # what became of the records that changed, by key
-    circumstances: dict[str, dict[str, tuple[Any, Any]] | None]  # code, environment: what may explain another result
+    circumstances: dict[str, dict[str, tuple[Any, Any]]]  # code, environment: what may explain another result
     steps: int  # compared
     relative: float  # the difference that numbers with a fraction may have; 0 is equality to the bit
-    first_step: int | None = None  # at which a quantity differs
-    quantities: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # which, at that step
+    first_step: int | None  # at which a quantity differs
+    quantities: dict[str, tuple[Any, Any]]  # which, at that step
 
     @property
     def equal(self) -> bool:
@@ -52,15 +54,23 @@ class Witness(MainHook):
     expected: list[dict[str, Any]]
     relative: float
     _compared: int = PrivateAttr(0)
-    _first_step: int | None = PrivateAttr(None)
-    _quantities: dict[str, tuple[Any, Any]] = PrivateAttr(default_factory=dict)
+    _differences: list[tuple[int, dict[str, tuple[Any, Any]]]] = PrivateAttr(default_factory=list)
 
     def on_metrics(self, view: RunView, lines: list[dict[str, Any]]) -> None:
+        self._compared += len(lines)
         for line in lines:
-            self._compared += 1
-            different = line_differences(self.expected[line["step"] - 1], finite(line), self.relative)
-            if different and self._first_step is None:
-                self._first_step, self._quantities = line["step"], different
+            if different := line_differences(self.expected[line["step"] - 1], finite(line), self.relative):
+                self._differences.append((line["step"], different))
+
+    @property
+    def compared(self) -> int:
+        """How many steps were compared."""
+        return self._compared
+
+    @property
+    def differences(self) -> Sequence[tuple[int, dict[str, tuple[Any, Any]]]]:
+        """The steps that differ, ascending, each with the quantities that do."""
+        return self._differences
 
 
 def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) -> Reproduction:
@@ -81,23 +91,24 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
     checked = record.checked(first, str(output_dir.path) if output_dir else None)
     relative = 0.0 if _same_rounding(record, steps, checked) else OTHER_ROUNDING
     witness = Witness(expected=record.lines, relative=relative)
+    if relative:
+        why = "other ranks, threads or micro batches than the run's"
+        say(f"note   {why}: numbers may differ by {relative:g}, relatively")
     with runtime_of(first, checked, say) as runtime:
-        found = Reproduction(
-            inputs=_inputs(record, checked),
-            records=_records(record, checked),
-            circumstances=_circumstances(record, checked, snapshot(runtime.device_facts())),
-            steps=steps,
-            relative=relative,
-        )
-        if relative:
-            say(
-                f"note   other ranks, threads or micro batches than the run had: numbers may differ by {relative:g} of "
-                "their size"
-            )
         _steps_again(checked, runtime, steps, output_dir, witness, say)
-    found.steps = witness._compared
-    found.first_step, found.quantities = witness._first_step, witness._quantities
-    return found
+        is_main, here = runtime.is_main, snapshot(runtime.device_facts())
+    was = _fingerprint(record) if is_main else None
+    changed = was not in (None, checked.data_fingerprint)
+    first_step, quantities = witness.differences[0] if witness.differences else (None, {})
+    return Reproduction(
+        inputs=_inputs(record, checked, was) if is_main else {},
+        records=changes_since(record.run_dir, was, checked.leaves()) or {} if changed else {},
+        circumstances=_circumstances(record, checked, here),
+        steps=witness.compared,
+        relative=relative,
+        first_step=first_step,
+        quantities=quantities,
+    )
 
 
 def _same_rounding(record: Recorded, steps: int, checked: Preflight) -> bool:
@@ -124,29 +135,18 @@ def _steps_again(
         runtime.from_main(output_dir.create)
         hooks += truth_hooks(checked, training, None)
     say(f"computing steps 1 to {steps} again")
-    advance(training, hooks, steps, say, over=lambda: witness._first_step is not None)
+    advance(training, hooks, steps, say, over=lambda: bool(witness.differences))
 
 
-def _inputs(record: Recorded, checked: Preflight) -> dict[str, dict[str, tuple[Any, Any]] | None]:
-    """What the run was made from: the data and the model's files."""
-    if not _is_main():
-        return {}
+def _inputs(record: Recorded, checked: Preflight, was: str | None) -> dict[str, dict[str, tuple[Any, Any]] | None]:
+    """What the run was made from: the data, whose fingerprint `was` this, and the model's files."""
     found: dict[str, dict[str, tuple[Any, Any]] | None] = {"data": None, "model": None}
-    was = _fingerprint(record)
     if was is not None:
-        now = checked.data_fingerprint
-        found["data"] = {} if was == now else {"fingerprint": (was, now)}
+        found["data"] = pairs({"fingerprint": was}, {"fingerprint": checked.data_fingerprint})
     files, files_here = record.manifest["model"]["files"], checked.provenance.files
     if files is not None and files_here is not None:
-        found["model"] = _pairs(changes(files, files_here))
+        found["model"] = pairs(files, files_here)
     return found
-
-
-def _records(record: Recorded, checked: Preflight) -> dict[str, str]:
-    was = _fingerprint(record)
-    if not _is_main() or was in (None, checked.data_fingerprint):
-        return {}
-    return changes_since(record.run_dir, was, checked.leaves()) or {}
 
 
 def _fingerprint(record: Recorded) -> str | None:
@@ -157,22 +157,12 @@ def _fingerprint(record: Recorded) -> str | None:
     return record.starts[0].get("data_fingerprint", data["fingerprint"])
 
 
-def _circumstances(
-    record: Recorded, checked: Preflight, here: dict[str, Any]
-) -> dict[str, dict[str, tuple[Any, Any]] | None]:
+def _circumstances(record: Recorded, checked: Preflight, here: dict[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
     start, facts = record.starts[0], checked.manifest_facts(["reproduce"])
     code = {"commit": start["git_commit"], "diff_sha256": start["git_diff_sha256"]}
     code_here = {name: facts["git"][name] for name in code}
     plugins, plugins_here = (manifest["config"].get("plugins", {}) for manifest in (record.manifest, facts))
     return {
-        "code": _pairs(changes({**code, **plugins}, {**code_here, **plugins_here})),
-        "environment": _pairs(changes(record.environment_of(0), here, ignored=("time", "environment"))),
+        "code": pairs({**code, **plugins}, {**code_here, **plugins_here}),
+        "environment": pairs(record.environment_of(0), here, ignored=("time", "environment")),
     }
-
-
-def _pairs(changed: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (change["was"], change["now"]) for name, change in changed.items()}
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -102,11 +102,11 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
     known = {*_dotted(saved), *_dotted(config.model_dump(mode="json")), *FINGERPRINTS}
     if unknown := [name for name in allowed if name not in known]:
         raise UserError(f"--allow-change {' '.join(unknown)}: there is no such key in this config")
-    free = tuple(allowed) if config.lr.depends_on_max_steps else (*allowed, "train.max_steps")
+    free = (*free_keys(config), *allowed)
     refused = []
     for key, (old, new) in changes.items():
         line = f"{key}: {old!r} -> {new!r}"
-        if is_free(key, free):
+        if among(key, free):
             say(f"changed since the checkpoint: {line}")
         else:
             refused.append(line)
@@ -118,9 +118,14 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
         )
 
 
-def is_free(key: str, allowed: Sequence[str] = ()) -> bool:
-    """Whether a dotted key of the config may change between two starts: it changes no step, or is `allowed` to."""
-    return any(key == name or key.startswith(f"{name}.") for name in (*FREE, *allowed))
+def free_keys(config: Config) -> tuple[str, ...]:
+    """The keys and sections that may change between two starts of a run, for they change none of its steps."""
+    return FREE if config.lr.depends_on_max_steps else (*FREE, "train.max_steps")
+
+
+def among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of `names` or stands in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def differences_from(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:

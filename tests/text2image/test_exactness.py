@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
-from run_processes import checkpoint, finish, manifest, metrics, same, start
+from runs import checkpoint, finish, manifest, metrics, same, start
 
-from trainer.cli import main
-from trainer.hook import Hook
 from trainer.hooks.checkpointing import tensors
-from trainer.models.base import ModelFamily
 from trainer.models.tiny import Tiny
-from trainer.objectives.base import Objective
 
 # 10 records and batches of 4: most steps begin in the middle of an epoch, and half of them run over its end.
 CONFIG = """\
@@ -134,20 +130,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_process(folder: Path, plug_in: Callable[[str, str], None]) -> Path:
     """The folder with plug-ins that this process can import, and forgets when the test is over."""
-    monkeypatch.syspath_prepend(folder)
-    yield folder
-    sys.modules.pop("plugged", None)
-    for family in (Objective, ModelFamily, Hook):
-        for kind, part in list(family._kinds.items()):
-            if part.__module__ == "plugged":
-                del family._kinds[kind]
+    plug_in("plugged", PLUGGED)
+    return folder
 
 
 def train(folder: Path, name: str, *overrides: str) -> int:
-    options = ["--config", str(folder / "config.yaml"), "--output-dir", str(folder / name), "--resume", "auto"]
-    return main(["train", *options, "--set", *overrides])
+    return runs.train(folder / "config.yaml", folder / name, "--resume", "auto", "--set", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_processes import manifest, metrics, start
+from runs import manifest, metrics, start
 
 from trainer.checkpoint import fault_of
 from trainer.run.rundir import RunDir

@@ -174,18 +174,20 @@ def test_a_config_edited_after_the_run_is_not_what_is_computed_again(run: Path):
     assert main(["reproduce", str(run), "--steps", "2"]) == 0
 
 
-def test_a_step_whose_loss_was_not_a_number_is_reproduced_and_replayed(tmp_path: Path, capsys, monkeypatch):
-    (tmp_path / "half_broken.py").write_text(
-        "from trainer.objectives.flow import Flow\n"
-        "class HalfBroken(Flow):\n"
-        "    kind = 'half_broken'\n"
-        "    def loss(self, pred, target):\n"
-        "        losses = super().loss(pred, target)\n"
-        "        losses[1] *= float('nan')\n"
-        "        return losses\n"
+def test_a_step_whose_loss_was_not_a_number_is_reproduced_and_replayed(tmp_path: Path, capsys, monkeypatch, plug_in):
+    plug_in(
+        "half_broken",
+        """\
+        from trainer.objectives.flow import Flow
+        class HalfBroken(Flow):
+            kind = 'half_broken'
+            def loss(self, pred, target):
+                losses = super().loss(pred, target)
+                losses[1] *= float('nan')
+                return losses
+        """,
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     config = CONFIG.replace("imagefolder, data_root: pictures", "shapes, num_images: 8")
     (tmp_path / "config.yaml").write_text(f"plugins: [half_broken]\n{config}")
     broken = ["objective.kind=half_broken", "train.max_bad_steps=3", "train.log_every=1"]

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line for each difference: 0 if there is none, else 1. Raises UserError if one of them is no run."""
-    from trainer.comparison import compare
+    from trainer.comparison import compare, told
     from trainer.run.rundir import RunDir
 
     found = compare(RunDir(args.a), RunDir(args.b))
@@ -28,24 +28,14 @@ def run(args: argparse.Namespace) -> int:
         if section == "metrics":
             where = f"the same for {found.common_steps} steps" if found.first_step is None else "differ"
             title = f"metrics: {where}" + (f" first at step {found.first_step}" if found.first_step else "")
-        print(title)
-        for name, (one, other) in list(different.items())[:AT_MOST]:
-            print(f"  {name}: {_short(one)} -> {_short(other)}")
-        if len(different) > AT_MOST:
-            print(f"  and {len(different) - AT_MOST} more")
+        shown = {name: f"{_short(one)} -> {_short(other)}" for name, (one, other) in different.items()}
+        print(*told(title, shown, AT_MOST), sep="\n")
         if section == "data" and "fingerprint" in different:
-            _print_records(found.records)
+            changed = found.records
+            title = "not listed by both runs, so which differ is not known" if changed is None else counted(changed)
+            records = {_short(key): what for key, what in (changed or {}).items()}
+            print(*told(f"records: {title}", records, AT_MOST), sep="\n")
     return 0 if found.equal else 1
-
-
-def _print_records(changed: dict[str, str] | None) -> None:
-    print(
-        f"records: {'not listed by both runs, so which differ is not known' if changed is None else counted(changed)}"
-    )
-    for key, what in list((changed or {}).items())[:AT_MOST]:
-        print(f"  {_short(key)}: {what}")
-    if changed and len(changed) > AT_MOST:
-        print(f"  and {len(changed) - AT_MOST} more")
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from trainer.commands.train import share_cores
+
 EXAMPLE = "difftrain replay runs/mine --step 1234"
 
 
@@ -20,8 +22,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError if the step is not on record.
     """
-    from trainer.commands.train import share_cores
-
     share_cores()
     from trainer.replay import replay
     from trainer.run.rundir import RunDir

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from trainer.commands.train import share_cores
+from trainer.data.fingerprint import counted
 from trainer.errors import UserError
 
 EXAMPLE = "difftrain reproduce runs/mine --steps 20"
@@ -33,42 +37,36 @@ def run(args: argparse.Namespace) -> int:
     """0 if the inputs and all steps are as recorded, else 1. Raises UserError if there is nothing to repeat."""
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: it is at least 1")
-    from trainer.commands.train import share_cores
-
     share_cores()
-    from trainer.data.fingerprint import counted
+    from trainer.comparison import told
     from trainer.reproduction import reproduce
     from trainer.run.rundir import RunDir
 
     say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
     output_dir = RunDir(args.output_dir) if args.output_dir else None
     found = reproduce(RunDir(args.folder), args.steps, output_dir, say)
-    for section, different in found.inputs.items():
-        _tell(section, different, say)
+    lines = [line for section, different in found.inputs.items() for line in _section(section, different)]
     if found.records:
-        say(f"records: {counted(found.records)}")
-        for key, what in list(found.records.items())[:AT_MOST]:
-            say(f"  {key}: {what}")
+        lines += told(f"records: {counted(found.records)}", found.records, AT_MOST)
     if found.first_step is None:
         exactly = "equal to the bit" if found.relative == 0 else f"equal to {found.relative:g} of their size"
-        say(f"steps 1 to {found.steps}: {exactly}")
+        lines.append(f"steps 1 to {found.steps}: {exactly}")
     else:
-        say(f"step {found.first_step} is the first that differs: {', '.join(found.quantities)}")
-        for name, (was, now) in found.quantities.items():
-            say(f"  {name}: {was!r} -> {now!r}")
+        title = f"step {found.first_step} is the first that differs: {', '.join(found.quantities)}"
+        quantities = {name: f"{was!r} -> {now!r}" for name, (was, now) in found.quantities.items()}
+        lines += told(title, quantities, len(quantities))
         explained = {**found.inputs, **found.circumstances}
-        say("what may explain it:" if any(explained.values()) else UNEXPLAINED)
-        for section, different in found.circumstances.items():
-            _tell(section, different, say)
+        lines.append("what may explain it:" if any(explained.values()) else UNEXPLAINED)
+        lines += [line for section, different in found.circumstances.items() for line in _section(section, different)]
+    for line in lines:
+        say(line)
     return 0 if found.equal else 1
 
 
-def _tell(section: str, different: dict | None, say) -> None:
+def _section(name: str, different: dict[str, tuple[Any, Any]] | None) -> Iterable[str]:
+    from trainer.comparison import told
+
     if different is None:
-        say(f"{section}: not compared, {NOT_COMPARED[section]}")
-        return
-    say(f"{section}: {'as recorded' if not different else f'{len(different)} differ'}")
-    for name, (was, now) in list(different.items())[:AT_MOST]:
-        say(f"  {name}: {was} -> {now}")
-    if len(different) > AT_MOST:
-        say(f"  and {len(different) - AT_MOST} more")
+        return [f"{name}: not compared, {NOT_COMPARED[name]}"]
+    title = f"{name}: {'as recorded' if not different else f'{len(different)} differ'}"
+    return told(title, {key: f"{was} -> {now}" for key, (was, now) in different.items()}, AT_MOST)

@@ -43,7 +43,7 @@ class Checkpointing(CollectiveHook):
         return last or step % self.every_steps == 0
 
     def measure(self, training: Training) -> dict[str, float]:
-        # Before this step's metrics line is written: a kill then costs one interval, never two.
+        # Before this step's metrics line is written: a kill then never costs two intervals.
         training.runtime.from_main(self._wait)
         return {}
 
@@ -133,7 +133,7 @@ def copied(content: Any, former: Any = None) -> Any:
     """`content` with every tensor in it copied to host memory of its own, through nested dicts, lists and tuples.
 
     The memory is that of `former`, an earlier copy of the like, wherever its tensors fit: to touch fresh memory for the
-    first time takes four times as long as the copy itself.
+    first time takes longer than the copy itself.
     """
     import torch
 

@@ -52,9 +52,7 @@ class SampleGrid(CollectiveHook):
         except OSError as error:
             if not self._warned:
                 step = training.state.step
-                print(
-                    f"warning: the samples of step {step} were not written, nor may later ones be: {error}", flush=True
-                )
+                print(f"warning: the samples of step {step} and maybe later ones were not written: {error}", flush=True)
             self._warned = True
 
     def _write(self, run_dir: RunDir, step: int, title: str, pictures: list[Image]) -> None:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and what they leave behind, for the tests that compare runs."""
+"""Runs in this process or in their own, and what they leave behind, for the tests of whole runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from trainer.cli import main
 
 TRAIN = str(Path(__file__).resolve().parents[2] / "trainer" / "train.py")
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+CONFIG = """\
+model: {kind: tiny}
+data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 10, caption_dropout: 0.2, random_flip: true}
+train: {seed: 7, max_steps: 6, global_batch_size: 4, micro_batch_size: 4, log_every: 4, deterministic: true}
+objective: {kind: epsilon}
+lr: {kind: constant, peak: 1e-3, warmup_steps: 3}
+ema: {decay: 0.9}
+checkpoint: {every_steps: 2, keep_last: 2}
+"""
+
+
+def train(config: Path, run: Path, *options: str) -> int:
+    """Train in this process: the exit code."""
+    return main(["train", "--config", str(config), "--output-dir", str(run), *options])
 
 
 def start(folder: Path, name: str, *overrides: str, ranks: int = 1, **environment: str) -> tuple[int, str]:
@@ -54,11 +70,15 @@ def manifest(run: Path) -> dict[str, Any]:
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    import torch
+
     return torch.load(run / f"checkpoint-{step}.pt", weights_only=True)
 
 
 def same(a: Any, b: Any) -> bool:
     """Equal to the bit, through nested dicts and lists."""
+    import torch
+
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
