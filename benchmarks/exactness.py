@@ -179,8 +179,8 @@ def loader_draws(samples: Samples, slots: Sequence[int]) -> None:
         for stream in streams + ["flip"] * source.random_flip:
             uniform(seed, stream, slot)
     samples.timesteps.draw(seed, slots, samples.global_batch)
-    normal(seed, "noise", slots, samples.latent_shape)
-    normal(seed, "posterior", slots, samples.latent_shape)
+    normal(seed, "noise", slots, samples.latent_shape(*samples.size(0)))
+    normal(seed, "posterior", slots, samples.latent_shape(*samples.size(0)))
 
 
 def share_of_a_step(

@@ -84,7 +84,7 @@ class BareLoop:
         """Train on every batch once, and say what it took."""
         began = now()
         for step, (batch, x0) in enumerate(zip(self.batches, self.latents, strict=True), start=1):
-            tokens, t, eps = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.t, batch.eps))
+            tokens, t, eps = (x.to(self.device, non_blocking=True) for x in (batch.text, batch.t, batch.eps))
             level = (t * 1000).long()
             x_t = self.alpha[level].view(-1, 1, 1, 1) * x0 + self.sigma[level].view(-1, 1, 1, 1) * eps
             self.optimizer.zero_grad(set_to_none=True)
@@ -189,7 +189,7 @@ def prepare(args: argparse.Namespace, folder: Path, order: Sequence[str]) -> dic
     run_dir, checked = RunDir(folder), preflight(LoadedConfig(config, Path("loop_tax"), "", {}), 0, 1)
     training = assemble(checked, runtime, run_dir, None)
     batches = list(training.batches(0, args.steps))
-    latents = [training.vae.latents(batch.to(runtime.device)) for batch in batches]
+    latents = [training.encoders.vae().latents(batch.to(runtime.device)) for batch in batches]
     # Pixels have done their part; on a GPU their copy would be ours alone.
     batches = [replace(batch, pixels=torch.empty(0), posterior_eps=torch.empty(0)) for batch in batches]
 

@@ -28,11 +28,11 @@ PACKAGE = Path(trainer.__file__).parent
 # From the ground up. A module imports from lower floors, from its own package, and, if it is a top-level module, from
 # other top-level modules of its own floor. A package stands on one floor with all that is in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "registry", "yaml_text"),  # the standard library, pydantic and yaml
+    ("errors", "files", "registry", "yaml_text"),  # the standard library, pydantic and yaml
     ("rng", "schedule"),  # what maths and data both draw from
     ("ema", "hook", "lr", "muon", "objectives", "optimizers", "timesteps", "weighting"),  # maths, not data or networks
-    ("data",),  # knows no network
-    ("adherence", "denoiser", "grid", "latent_cache", "latents", "models", "sampler"),  # knows no run
+    ("cached", "data"),  # know no network
+    ("adherence", "denoiser", "encoder_cache", "grid", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
     (  # one run
@@ -40,7 +40,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training",
     ),
     ("hooks",),  # what happens around its steps
-    ("comparison", "draw", "dry_run", "launch", "repetition", "replay", "reproduction", "verification"),  # whole jobs
+    (  # whole jobs
+        *("cache_job", "comparison", "draw", "dry_run", "launch", "repetition", "replay", "reproduction"),
+        "verification",
+    ),
     ("__main__", "cli", "commands", "train"),  # the command line
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

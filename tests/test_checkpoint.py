@@ -13,8 +13,8 @@ import torch
 from trainer.checkpoint import FORMAT, Retention, fault_of, find_newest, save_checkpoint, sealed
 from trainer.cli import main
 from trainer.errors import UserError
+from trainer.files import sha256_file
 from trainer.hooks.checkpointing import copied, tensors
-from trainer.run.files import sha256_file
 from trainer.run.manifest import read_manifest
 from trainer.run.rundir import RunDir
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trainer.errors import UserError
-from trainer.run.files import fault_point, open_atomic, sha256_file, write_json
+from trainer.files import fault_point, open_atomic, sha256_file, write_json
 from trainer.run.rundir import RunDir
 
 FORMAT = 2

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train the built-in demo: no download, a CPU is enough",
     "train": "train a model",
     "validate": "check a config and write the three reproducibility files, without training",
+    "cache": "encode the pictures and captions of a config once, for runs to train from",
     "stop": "ask a running job to finish its step, save and end",
     "save": "ask a running job for a checkpoint now",
     "verify": "re-hash a run's checkpoints, data and model against its manifest",

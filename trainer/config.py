@@ -9,8 +9,8 @@ from pydantic import Field
 
 from trainer.data.record import Source
 from trainer.ema import EmaSpec
+from trainer.encoder_cache import EncodingCache
 from trainer.hook import Hook
-from trainer.latent_cache import LatentCache
 from trainer.lr import LrLaw
 from trainer.models.base import ModelFamily
 from trainer.objectives.base import Objective
@@ -110,7 +110,7 @@ class Config(Section):
     optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec.parse({}))
     lr: LrLaw
     ema: EmaSpec | None = None
-    cache: LatentCache | None = None
+    cache: EncodingCache | None = None
     validation: ValidationSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     hooks: tuple[Hook, ...] = Field(

@@ -11,7 +11,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
-from trainer.run.files import remove_own_temp_files
+from trainer.files import remove_own_temp_files
 from trainer.run.rundir import RunDir
 
 

@@ -22,7 +22,7 @@ def dry_run(checked: Preflight) -> None:
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     say = runtime.say
     try:
-        for line in checked.equations():
+        for line in checked.equations() if runtime.is_main else ():
             say(line)
         training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None)
         for line in describe(training)[:-1]:
@@ -55,7 +55,9 @@ def memory_by_part(training: Training) -> dict[str, int]:
     state, components = training.state, training.components
     weights = list(state.weights().values())
     trained = {id(weight) for weight in weights}
-    frozen = [p for p in (*components.unet.parameters(), *components.text_encoder.parameters()) if id(p) not in trained]
+    text_encoder = components.text_encoder if components.loaded("text_encoder") else None
+    beside = (*components.unet.parameters(), *(text_encoder.parameters() if text_encoder else ()))
+    frozen = [p for p in beside if id(p) not in trained]
     optimizer = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return {
         "trained weights": size(weights),
@@ -63,5 +65,5 @@ def memory_by_part(training: Training) -> dict[str, int]:
         f"optimizer ({training.config.optimizer.kind})": size(optimizer),
         "EMA": size(state.ema.average.values()) if state.ema else 0,
         "frozen UNet and text encoder": size(frozen),
-        "VAE": size(components.vae.parameters()),
+        "VAE": size(components.vae.parameters()) if components.loaded("vae") else 0,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.errors import Diverged, RunEnd, UserError
-from trainer.run.files import write_atomic
+from trainer.files import write_atomic
 from trainer.run.redaction import redact
 
 if TYPE_CHECKING:

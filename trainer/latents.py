@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,14 +25,25 @@ class LatentSource(Protocol):
         ...
 
 
-class OnlineVae:
+class Posterior:
+    """How a sample is made of what the VAE says a picture may mean, and scaled; needs the VAE's config alone."""
+
+    def __init__(self, vae_config: Mapping[str, Any]):
+        self.scale = vae_config["scaling_factor"]
+        self.shift = vae_config.get("shift_factor") or 0.0
+
+    def sample(self, mean: Tensor, std: Tensor, posterior_eps: Tensor) -> Tensor:
+        """x0 [B, C, h, w], of about unit variance: the posterior at its noise [B, C, h, w]."""
+        return (mean + std * posterior_eps - self.shift) * self.scale
+
+
+class OnlineVae(Posterior):
     """Encodes on the fly with a frozen VAE, in its own precision whatever the step's."""
 
     def __init__(self, vae: AutoencoderKL, precision: str):
+        super().__init__(vae.config)
         self.vae = vae.requires_grad_(False).eval()
         torch.nn.Module.to(vae, DTYPES[precision])  # diffusers' own `to` warns about nothing
-        self.scale = vae.config["scaling_factor"]
-        self.shift = vae.config.get("shift_factor") or 0.0
 
     def latents(self, batch: Batch) -> Tensor:
         assert batch.pixels is not None, "a batch without pictures is for CachedLatents"
@@ -48,10 +60,6 @@ class OnlineVae:
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist  # pyright: ignore
         return posterior.mean.float(), posterior.std.float()
 
-    def sample(self, mean: Tensor, std: Tensor, posterior_eps: Tensor) -> Tensor:
-        """x0 [B, C, h, w], of about unit variance: the posterior at its noise [B, C, h, w]."""
-        return (mean + std * posterior_eps - self.shift) * self.scale
-
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] float32 in [-1, 1] from latents [B, C, h, w]."""
@@ -64,12 +72,9 @@ class OnlineVae:
         return torch.autocast(like.device.type, enabled=False)
 
 
-class CachedLatents:
+class CachedLatents(Posterior):
     """Samples the posteriors that come with a batch from a cache."""
-
-    def __init__(self, vae: OnlineVae):
-        self.vae = vae
 
     def latents(self, batch: Batch) -> Tensor:
         assert batch.moments is not None, "a batch of pictures is for OnlineVae"
-        return self.vae.sample(batch.moments[:, 0], batch.moments[:, 1], batch.posterior_eps)
+        return self.sample(batch.moments[:, 0], batch.moments[:, 1], batch.posterior_eps)

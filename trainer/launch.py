@@ -17,11 +17,11 @@ from trainer.checkpoint import Found, sealed, set_aside_after
 from trainer.control import Control
 from trainer.errors import RunEnd, Stopped, UserError
 from trainer.failure import as_status, caused_by, crashed, explained
+from trainer.files import open_atomic, write_atomic, write_json
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.preflight import Preflight
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
-from trainer.run.files import open_atomic, write_atomic, write_json
 from trainer.run.lock import RunLock
 from trainer.run.manifest import read_manifest, record_end
 from trainer.run.metrics import check as check_metrics
@@ -83,7 +83,7 @@ def _train(
 ) -> None:
     """Everything that holds a wrapped model: gone when this returns, before the process group is."""
     started, say = time.monotonic(), runtime.say
-    for line in checked.equations():
+    for line in checked.equations() if runtime.is_main else ():
         say(line)
     if idle := runtime.idle_gpus():
         say(f"note   {idle} GPUs here stay idle; accelerate launch --multi_gpu trainer/train.py uses them")
@@ -164,18 +164,21 @@ def _is_branch(start: Found, run_dir: RunDir) -> bool:
 def describe(training: Training) -> list[str]:
     """What was built, as lines for the start of a run."""
     config, runtime = training.config, training.runtime
-    parts = {"unet": training.components.unet, "text encoder": training.components.text_encoder}
-    sizes = [f"{name} {_count(module)}" for name, module in parts.items()]
-    source = training.components.provenance
+    components = training.components
+    sizes = [f"unet {_count(components.unet)}"]
+    for name in ("text_encoder", "vae"):
+        what, precision = name.replace("_", " "), f" in {config.model.vae_precision}" if name == "vae" else ""
+        here = components.loaded(name)
+        sizes.append(f"{what} {_count(getattr(components, name))}{precision}" if here else f"{what} not loaded: cached")
+    source = components.provenance
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
-    trained_as = training.components.scheduler.get("prediction_type")
+    trained_as = components.scheduler.get("prediction_type")
     layers = [layer for network in training.state.modules.values() for layer in network.modules()]
     drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
     mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
-        f"model  {source.source}{revision}: {', '.join(sizes)}, vae {_count(training.components.vae)} "
-        f"in {config.model.vae_precision}",
+        f"model  {source.source}{revision}: {', '.join(sizes)}",
         f"loss   {config.objective.kind}, {config.weighting.kind} weighting, {config.timesteps.kind} timesteps; "
         f"{config.optimizer.kind}, {lr.kind} lr {lr.peak:g} after {lr.warmup_steps} warm-up steps",
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"

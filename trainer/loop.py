@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.control import Asked
-from trainer.errors import Stopped
+from trainer.errors import Stopped, UserError
 from trainer.failure import as_status, caused_by, diverged, explained
 from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
@@ -61,6 +61,7 @@ def _steps(training: Training, crew: Crew, control: Asks, batches: Iterator[Batc
             lines[-1] |= crew.measure(collective)
             crew.metrics(lines)
         crew.after_step(collective, last, asked == Asked.SAVE)
+        pending.refuse_too_many_unreadable()
         if pending.diverged_at is not None:
             raise diverged(training, pending.diverged_at)
         if stopping and state.step < train.max_steps:
@@ -76,6 +77,7 @@ class PendingMetrics:
         self.seconds = 0.0
         self.bad_steps = 0  # in a row, up to the last drain
         self.diverged_at: int | None = None  # the first step at which they were too many
+        self.unreadable: set[str] = set()  # keys of records that were read at the start and could not be read since
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Remember a step that took `seconds` of the host's time."""
@@ -89,8 +91,13 @@ class PendingMetrics:
         batch = self.training.topology.global_batch
         per_step = (self.seconds + time.perf_counter() - started) / len(self.results)
         memory = self.training.runtime.peak_memory_bytes()
-        digests = self.training.runtime.sum_modulo([result.batch_digest for result in self.results])
-        lines = []
+        own = [result.substitutes for result in self.results]
+        # One of the sums tells all ranks whether any of them has a substitute to hand in.
+        *digests, any_substitute = self.training.runtime.sum_modulo(
+            [*(result.batch_digest for result in self.results), sum(map(len, own))]
+        )
+        everyone = self.training.runtime.gather(own) if any_substitute else []
+        lines: list[dict[str, Any]] = []
         for result, digest, (loss, cut, grad_norm, skipped) in zip(self.results, digests, numbers, strict=True):
             self.bad_steps = self.bad_steps + 1 if skipped else 0
             if self.bad_steps == self.training.config.train.max_bad_steps and self.diverged_at is None:
@@ -114,8 +121,26 @@ class PendingMetrics:
                     },
                 }
             )
+        for ranks_own in everyone:
+            for line, substitutes in zip(lines, ranks_own, strict=True):
+                if substitutes:
+                    line.setdefault("substitutes", []).extend(substitute._asdict() for substitute in substitutes)
+                self.unreadable.update(substitute.key for substitute in substitutes)
         self.results, self.seconds = [], 0.0
         return lines
+
+    def refuse_too_many_unreadable(self) -> None:
+        """Raise UserError, on all ranks, if more records are left out or replaced than the data's policy allows."""
+        training = self.training
+        data, total = training.config.data, len(training.samples.records)
+        count = training.left_out + len(self.unreadable)
+        if self.unreadable and count > data.max_bad_fraction * total:
+            raise UserError(
+                f"{count:,} of {total:,} records cannot be read, more than data.max_bad_fraction = "
+                f"{data.max_bad_fraction:g} of them; bad_samples.jsonl lists them",
+                "data.max_bad_fraction",
+                "is the storage there? mend them or raise it",
+            )
 
 
 class Crew:

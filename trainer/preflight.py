@@ -3,56 +3,102 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import Config
 from trainer.config_file import LoadedConfig
 from trainer.data.fingerprint import FINGERPRINT_FORMAT, MOST_LISTED, Digests, Leaf, leaves
-from trainer.data.plan import split
-from trainer.data.record import Records
+from trainer.data.plan import BucketPlan
+from trainer.data.record import Records, Source
+from trainer.data.roll import LeftOut, RollCall, call_roll
 from trainer.data.topology import Topology, deal
 from trainer.errors import UserError
 from trainer.models.base import Provenance
 from trainer.run.manifest import config_facts, run_facts
 from trainer.run.provenance import git_facts, module_hashes
 
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+MOST_BUCKETS = 12  # that the start names
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What rank 0 saw of the data: every picture was looked at, by this start or an earlier one."""
+
+    fingerprint: str
+    contents: Digests | None  # sha256 of each picture; None of more than MOST_LISTED that no cache needs
+    sizes: ndarray | None  # [N, 2] uint32: width and height of each picture; None if nothing needs them
+    call: RollCall
+
 
 @dataclass(frozen=True)
 class Preflight:
-    """A checked config with its opened data and dealt batch. Rank 0 alone knows what the pictures hold."""
+    """A checked config with its opened data and dealt batch."""
 
     loaded: LoadedConfig
     records: Records
-    training_indices: Sequence[int]
-    held_out_indices: Sequence[int]
     topology: Topology
     provenance: Provenance
-    data_fingerprint: str  # "" on other ranks
-    contents: Digests | None  # of each picture; None on other ranks, and of more than MOST_LISTED
+    survey: Survey | None  # None on other ranks than 0
 
     @property
     def config(self) -> Config:
         """The checked config."""
         return self.loaded.config
 
+    @property
+    def surveyed(self) -> Survey:
+        """What rank 0 knows, on rank 0."""
+        assert self.survey is not None, "rank 0 alone looked at the data"
+        return self.survey
+
+    @property
+    def data_fingerprint(self) -> str:
+        """The data's fingerprint; "" on other ranks than 0."""
+        return self.survey.fingerprint if self.survey else ""
+
     def equations(self) -> list[str]:
-        """Every derived number of the run, as a user can check it."""
+        """Every derived number of the run, as a user can check it. Rank 0 alone can tell."""
         train, data, deal = self.config.train, self.config.data, self.topology
-        images, epoch = train.max_steps * train.global_batch_size, len(self.training_indices)
+        roll, left_out, without_caption = self.surveyed.call
+        images, epoch = train.max_steps * train.global_batch_size, roll.trained
         ranks = f"{deal.world_size} rank{'s' * (deal.world_size > 1)}"
-        steps, batch = train.max_steps, deal.global_batch
-        empty, again = self.records.empty_captions, batch / epoch
+        steps, batch, again = train.max_steps, deal.global_batch, deal.global_batch / epoch
+        left = f" + {len(left_out):,} left out" if left_out else ""
+        runs_on = epoch % batch and not roll.buckets
         return [
-            *([f"note   {empty} of {len(self.records)} records have an empty caption"] if empty else []),
-            f"data   {len(self.records)} records = {epoch} to train on + {len(self.held_out_indices)} held out "
+            *([f"note   {without_caption:,} of {len(self.records):,} records have no caption"] * bool(without_caption)),
+            *([f"note   the first record left out: {left_out[0].reason}"] if left_out else []),
+            f"data   {len(self.records)} records = {epoch} to train on + {len(roll.held_out)} held out{left} "
             f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
+            *self._buckets(),
             f"batch  {_images(batch)} = {_images(deal.micro_batch)} x {ranks} x {deal.accumulation} accumulation",
             f"run    {steps} steps x {_images(batch)} = {_images(images)} = {images / epoch:.4g} epochs"
-            f"{'; batches run on from one epoch into the next: every record counts' if epoch % batch else ''}",
+            f"{'; batches run on from one epoch into the next: every record counts' if runs_on else ''}",
             *([f"note   {_images(batch)} / {epoch} records = {again:.3g} reads of each per step"] if again > 1 else []),
+        ]
+
+    def _buckets(self) -> list[str]:
+        plan = self.surveyed.call.roll.plan(self.config.data, self.topology.global_batch, self.config.train.seed)
+        if not isinstance(plan, BucketPlan):
+            return []
+        rows = plan.table()
+        batches, repeats = sum(row.batches for row in rows), sum(row.repeats for row in rows)
+        dropped = sum(row.dropped for row in rows)
+        shapes = ", ".join(f"{row.bucket} {row.records:,}" for row in rows[:MOST_BUCKETS])
+        more = f", and {len(rows) - MOST_BUCKETS} more" if len(rows) > MOST_BUCKETS else ""
+        made = len(self.config.data.buckets())
+        return [
+            f"shapes {len(rows)} of {made} buckets have records: {shapes}{more}",
+            f"epoch  {batches:,} batches of one shape each = {batches * plan.global_batch:,} images = "
+            f"{sum(row.records for row in rows):,} records + {repeats:,} read ahead of their next epoch "
+            f"- {dropped:,} dropped",
         ]
 
     def manifest_facts(self, command: Sequence[str], provenance: Provenance | None = None) -> dict[str, Any]:
@@ -77,22 +123,26 @@ class Preflight:
             data={
                 "kind": self.config.data.kind,
                 "records": len(self.records),
-                "training": len(self.training_indices),
-                "held_out": len(self.held_out_indices),
+                "training": self.surveyed.call.roll.trained,
+                "held_out": len(self.surveyed.call.roll.held_out),
+                "left_out": len(self.surveyed.call.left_out),
+                "without_caption": self.surveyed.call.without_caption,
                 "fingerprint": self.data_fingerprint,
                 "fingerprint_format": FINGERPRINT_FORMAT,
             },
         )
 
     def leaves(self) -> Iterator[Leaf] | None:
-        """What each record is, by index; None where `contents` are not known."""
-        return None if self.contents is None else leaves(self.records, self.contents)
+        """What each record is, by index; None where `contents` are not known, or are too many to list."""
+        if self.survey is None or self.survey.contents is None or len(self.records) > MOST_LISTED:
+            return None
+        return leaves(self.records, self.survey.contents)
 
 
 def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
     """The checked run; raises UserError for data, model files or batch sizes that cannot work.
 
-    Rank 0 hashes every picture that no earlier start has, and says so if it takes long.
+    Rank 0 looks at every picture that no earlier start has, and says so if it takes long.
     """
     config = loaded.config
     try:
@@ -101,23 +151,41 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
         raise UserError(f"config: {error}", loaded.where("train.global_batch_size")) from None
     config.model.check()
     if config.cache is not None:
-        config.cache.check(config.data)
+        config.cache.check(config.data, config.model.train_text_encoder)
     for hook in config.hooks:
         hook.check(config)
     records = config.data.open()
-    training, held_out = split(records, config.data.validation_fraction)
     provenance = config.model.provenance()
-    fingerprint, contents = _fingerprint(records) if rank == 0 else ("", None)
-    return Preflight(loaded, records, training, held_out, topology, provenance, fingerprint, contents)
+    survey = None
+    if rank == 0:
+        survey = survey_of(config.data, records, keep_contents=config.cache is not None)
+    checked = Preflight(loaded, records, topology, provenance, survey)
+    if survey is not None:
+        survey.call.roll.plan(config.data, topology.global_batch, config.train.seed)  # refuses one without a batch
+    return checked
 
 
-def _fingerprint(records: Records) -> tuple[str, Digests | None]:
-    """The fingerprint, and the hashes below it if they are few enough to keep."""
-    contents = records.contents(say=partial(print, flush=True))
-    if len(records) > MOST_LISTED:
-        return records.fingerprint(contents), None
-    kept = Digests(contents)
-    return records.fingerprint(kept), kept
+def survey_of(source: Source, records: Records, keep_contents: bool) -> Survey:
+    """One look at every record; raises UserError with all those that the policies of `source` do not allow."""
+    few, needs_sizes = len(records) <= MOST_LISTED, keep_contents or source.bucket_step_px is not None
+    sizes, bad = array("I"), list[LeftOut]()
+
+    def contents() -> Iterator[str]:
+        for index, look in enumerate(records.looks(say=partial(print, flush=True))):
+            if look.fault is not None:
+                bad.append(LeftOut(index, f"{records.where(index)}: {look.fault}"))
+            if needs_sizes:
+                sizes.extend((look.width, look.height))
+            yield look.content
+
+    kept = Digests(contents()) if few or needs_sizes else None
+    fingerprint = records.fingerprint(contents() if kept is None else kept)
+    both = None
+    if needs_sizes:
+        import numpy as np
+
+        both = np.frombuffer(sizes, np.uint32).reshape(-1, 2)
+    return Survey(fingerprint, kept, both, call_roll(source, records, both, bad))
 
 
 def _images(count: int) -> str:

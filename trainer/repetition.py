@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from trainer.config_file import load_config, reloaded
 from trainer.control import Asked
 from trainer.errors import Diverged, Stopped, UserError
+from trainer.files import sha256_file
 from trainer.preflight import Preflight, preflight
 from trainer.resume import among, differences, free_keys
-from trainer.run.files import sha256_file
 from trainer.run.manifest import flat, read_manifest
 from trainer.run.metrics import read as read_metrics
 from trainer.run.rundir import RunDir

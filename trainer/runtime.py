@@ -63,8 +63,8 @@ class Runtime:
             ) from None
         self._timeout_seconds = collective_timeout_seconds
         self.device = self._accelerator.device
-        self.rank = self._accelerator.process_index
-        self.world_size = self._accelerator.num_processes
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
         self.precision: Precision = precision
         self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler

@@ -44,7 +44,7 @@ class Sampler:
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], seed: int, places: Sequence[int]) -> list[Image]:
         device = self.components.unet.device
-        shape = self.family.latent_shape(self.components.vae, self.image_size)
+        shape = self.family.latent_shape(self.components.vae_config, self.image_size, self.image_size)
         x = normal(seed, "sample", places, shape).to(device)
         cond, uncond = self._encode(prompts).to(device), self._encode([""] * len(prompts)).to(device)
         for step in range(self.steps, 0, -1):

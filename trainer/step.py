@@ -14,7 +14,7 @@ from trainer.rng import draw_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.loader import Batch
+    from trainer.data.loader import Batch, Substitute
     from trainer.training import Training
 
 
@@ -27,6 +27,7 @@ class StepResult:
     sums: Tensor  # [2] global loss, captions cut; summed over micro batches and ranks
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed, else 0.0
+    substitutes: list[Substitute]  # records of this rank that could not be read
     batch_digest: int  # of what this rank was fed, 64 bits; the sum over the ranks is that of the global batch
     data_wait_seconds: float
 
@@ -41,6 +42,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(2, device=runtime.device)
     digest, waited = 0, 0.0
+    substitutes: list[Substitute] = []
     for turn in range(topology.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
@@ -53,6 +55,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
         sums[0] += loss.detach()
         sums[1] += batch.captions_cut
         digest += batch.digest
+        substitutes += batch.substitutes
 
     # 2. Clip, and find out whether the gradient is finite: its norm is, if and only if all of it is.
     runtime.unscale(optimizer)
@@ -73,7 +76,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
         state.ema.update(weights, state.step, skipped)
 
     state.step += 1
-    return StepResult(state.step, lr, runtime.sum(sums), grad_norm, skipped, digest, waited)
+    return StepResult(state.step, lr, runtime.sum(sums), grad_norm, skipped, substitutes, digest, waited)
 
 
 def sample_losses(training: Training, batch: Batch) -> Tensor:
@@ -82,7 +85,7 @@ def sample_losses(training: Training, batch: Batch) -> Tensor:
     training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
     x0 = training.latent_source.latents(batch)
     x_t, target = objective.corrupt(x0, batch.eps, batch.t)
-    pred = training.model(x_t, objective.model_time(batch.t), batch.tokens)
+    pred = training.model(x_t, objective.model_time(batch.t), batch.text)
     weight = weighting.weight(objective.snr(batch.t), objective.x0_factor(batch.t))
     return weight * objective.loss(pred, target)
 

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from trainer.checkpoint import Found, find, find_newest, named_run
 from trainer.config import Config
-from trainer.data.loader import Batch, Samples, SlotSchedule, load_batches
+from trainer.data.buckets import LEFT_OUT
+from trainer.data.loader import Batch, Encoded, Samples, SlotSchedule, load_batches
 from trainer.data.plan import BatchPlan
+from trainer.data.roll import Roll
 from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
 from trainer.ema import Ema
+from trainer.encoder_cache import EncodingCache, Job
 from trainer.errors import UserError
 from trainer.latents import CachedLatents, LatentSource, OnlineVae
 from trainer.preflight import Preflight
@@ -27,6 +31,8 @@ from trainer.sampler import Sampler
 from trainer.state import TrainState, trainable_weights
 
 if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
     from trainer.models.base import Components
 
 
@@ -39,12 +45,14 @@ class Training:
     run_dir: RunDir
     topology: Topology
     components: Components
-    model: nn.Module  # the Denoiser, wrapped for ranks and precision
-    vae: OnlineVae
+    denoiser: Denoiser
+    model: nn.Module  # the same, wrapped for ranks and precision
+    encoders: Encoders
     latent_source: LatentSource
     state: TrainState
     samples: Samples
     held_out: Samples | None
+    left_out: int = 0  # records that the policies of the data leave out
     first_step: int = 0  # optimizer steps done before this start
     captions_cut: int = 0  # since this start
     measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
@@ -57,7 +65,9 @@ class Training:
     def sampler(self, steps: int, guidance: float) -> Sampler:
         """Draws pictures with the weights of the moment, at `steps` network evaluations each."""
         config, parts = self.config, self.components
-        return Sampler(config.model, parts, config.objective, self.vae, config.data.image_size, steps, guidance)
+        vae = self.encoders.vae()
+        self.encoders.text_encoder()
+        return Sampler(config.model, parts, config.objective, vae, config.data.image_size, steps, guidance)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -66,6 +76,38 @@ class Training:
         with self.state.averaged(), self.runtime.autocast():
             yield
         self.model.train()
+        self.encoders.rest()
+
+
+class Encoders:
+    """The VAE and the text encoder on the run's device, each from when it is first asked for."""
+
+    def __init__(self, components: Components, device: torch.device, vae_precision: str):
+        self._components, self._device, self._vae_precision = components, device, vae_precision
+        self._vae: OnlineVae | None = None
+        self.needed = {"vae", "text_encoder"}  # at every step
+
+    def vae(self) -> OnlineVae:
+        """The frozen VAE."""
+        if self._vae is None:
+            network = self._components.vae
+            nn.Module.to(network, self._device)
+            self._vae = OnlineVae(network, self._vae_precision)
+        return self._vae
+
+    def text_encoder(self) -> CLIPTextModel:
+        """The text encoder."""
+        network = self._components.text_encoder
+        nn.Module.to(network, self._device)
+        return network
+
+    def rest(self) -> None:
+        """Free those that no step needs."""
+        if "vae" not in self.needed:
+            self._vae = None
+            self._components.forget("vae")
+        if "text_encoder" not in self.needed:
+            self._components.forget("text_encoder")
 
 
 def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None) -> Training:
@@ -77,11 +119,18 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         components.unet.enable_gradient_checkpointing()
         if family.train_text_encoder:
             components.text_encoder.gradient_checkpointing_enable()
-    vae = OnlineVae(components.vae.to(device), family.vae_precision)
+    encoders = Encoders(components, device, family.vae_precision)
+    roll = runtime.from_main(lambda: checked.surveyed.call.roll)
+    kept = None
+    if config.cache is not None:
+        kept = encoded(checked, config.cache, roll, components, encoders, runtime)
+    text_encoder = encoders.text_encoder() if "text_encoder" in encoders.needed else None
+    latent_source = encoders.vae() if kept is None else CachedLatents(components.vae_config)
     # All imports are done: what they made stays, and need not be searched for garbage. The wrapped model is not part of
     # it: it has to be gone before its process group is.
     gc.freeze()
-    model = runtime.prepare(Denoiser(family, components).train())
+    denoiser = Denoiser(family, components.unet, text_encoder).train()
+    model = runtime.prepare(denoiser)
     state = TrainState(modules, config.optimizer.build(trainable_weights(modules)), None, runtime.scaler)
     if config.ema is not None:
         state.ema = Ema(config.ema, state.weights())
@@ -92,12 +141,13 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         records=checked.records,
         timesteps=config.timesteps,
         tokenize=partial(family.tokenize, components.tokenizer),
-        latent_shape=family.latent_shape(components.vae, config.data.image_size),
+        latent_shape=partial(family.latent_shape, components.vae_config),
+        encoded=kept,
     )
     train, validation = config.train, config.validation
     held_out = None
-    if validation is not None and len(checked.held_out_indices):
-        chosen = checked.held_out_indices[: validation.max_records]
+    if validation is not None and len(roll.held_out):
+        chosen = roll.held_out[: validation.max_records]
         as_they_are = {"caption_dropout": 0.0, "random_flip": False, "center_crop": True}
         held_out = samples(
             source=config.data.model_copy(update=as_they_are),
@@ -107,26 +157,51 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         )
     trained = samples(
         source=config.data,
-        plan=BatchPlan(checked.training_indices, train.seed),
+        plan=roll.plan(config.data, train.global_batch_size, train.seed),
         global_batch=train.global_batch_size,
         seed=train.seed,
     )
-    if config.cache is not None:
-        trained.moments = config.cache.moments(trained, vae, runtime)
     return Training(
         config=config,
         runtime=runtime,
         run_dir=run_dir,
         topology=checked.topology,
         components=components,
+        denoiser=denoiser,
         model=model,
-        vae=vae,
-        latent_source=CachedLatents(vae) if config.cache is not None else vae,
+        encoders=encoders,
+        latent_source=latent_source,
         state=state,
         samples=trained,
         held_out=held_out,
+        left_out=roll.count(LEFT_OUT),
         first_step=state.step,
     )
+
+
+def encoded(
+    checked: Preflight, cache: EncodingCache, roll: Roll, components: Components, encoders: Encoders, runtime: Runtime
+) -> Encoded:
+    """Everything that the run needs encoded; of the encoders, those are in memory that are needed for something new."""
+    config, survey = checked.config, checked.survey
+    with_text = cache.keeps_text(config.model.train_text_encoder)
+    job = Job(
+        source=config.data,
+        records=checked.records,
+        roll=roll,
+        most_held_out=0 if config.validation is None else config.validation.max_records,
+        family=config.model,
+        components=components,
+        vae=encoders.vae,
+        text_encoder=encoders.text_encoder,
+        device=runtime.device,
+        contents=survey.contents if survey else None,
+        sizes=survey.sizes if survey else None,
+    )
+    kept = cache.encode(job, with_text, runtime)
+    encoders.needed -= {"vae", "text_encoder"} if with_text else {"vae"}
+    encoders.rest()
+    return kept
 
 
 def first_components(config: Config) -> Components:

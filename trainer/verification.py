@@ -12,7 +12,7 @@ from trainer.config_file import load_config
 from trainer.data.fingerprint import FINGERPRINT_FORMAT, Digests, leaves, named
 from trainer.data.record import silent
 from trainer.errors import UserError
-from trainer.run.files import sha256_file
+from trainer.files import sha256_file
 from trainer.run.manifest import read_manifest
 from trainer.run.metrics import read as read_metrics
 from trainer.run.records import changes_since

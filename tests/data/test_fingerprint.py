@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +17,13 @@ import pytest
 from PIL import Image
 
 from trainer.config_file import load_config
-from trainer.data.content_hashes import HashMemory, default_place, file_hashes
 from trainer.data.fingerprint import FAN_OUT, Digests, Leaf, changed_records, counted, leaves, merkle_root, named
-from trainer.data.record import silent
+from trainer.data.image_file import MAX_PIXELS
+from trainer.data.looks import NOTHING, LookMemory, default_place, look_at_files
+from trainer.data.record import Look, silent
 from trainer.data.sources import shapes
 from trainer.data.sources.imagefolder import ImageFolder, ImageFolderRecords
 from trainer.data.sources.shapes import Combination, ShapeRecords
-from trainer.errors import UserError
 from trainer.preflight import preflight
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,9 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(path: Path, content: bytes, mtime_ns: int = LONG_AGO) -> None:
-    path.write_bytes(content)
+    """A picture of these gray pixels in one row, in a file whose size depends on how many they are."""
+    with path.open("wb") as file:
+        Image.frombytes("L", (len(content), 1), content).save(file, "BMP")
     os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
@@ -173,7 +177,7 @@ def test_digests_are_kept_as_they_were():
 
 def hashes(paths: list[Path], fresh: bool = False, heard: list[str] | None = None) -> list[str]:
     said: list[str] = [] if heard is None else heard
-    return list(file_hashes(map(str, paths), len(paths), fresh, said.append))
+    return [look.content for look in look_at_files(map(str, paths), len(paths), MAX_PIXELS, fresh, said.append)]
 
 
 def test_what_was_hashed_once_is_not_read_again_unless_asked_to(tmp_path: Path):
@@ -187,7 +191,7 @@ def test_what_was_hashed_once_is_not_read_again_unless_asked_to(tmp_path: Path):
     assert hashes([path]) == read, "what was read last is what is remembered"
 
 
-@pytest.mark.parametrize(("content", "mtime_ns"), [(b"longer", LONG_AGO), (b"other", LONG_AGO + 1)])
+@pytest.mark.parametrize(("content", "mtime_ns"), [(b"much longer", LONG_AGO), (b"other", LONG_AGO + 1)])
 def test_another_size_or_mtime_makes_it_be_read_again(tmp_path: Path, content: bytes, mtime_ns: int):
     path = tmp_path / "a.png"
     put(path, b"first")
@@ -198,8 +202,8 @@ def test_another_size_or_mtime_makes_it_be_read_again(tmp_path: Path, content: b
 
 def test_a_file_that_may_still_change_within_its_mtime_is_not_remembered(tmp_path: Path):
     path = tmp_path / "a.png"
-    path.write_bytes(b"before")
-    now = path.stat().st_mtime_ns
+    now = time.time_ns()
+    put(path, b"before", now)
     first = hashes([path])
     put(path, b"behind", now)
     assert hashes([path]) != first
@@ -215,15 +219,42 @@ def test_hashes_come_in_the_order_of_the_files_whoever_is_ready_first(tmp_path: 
     assert hashes(paths, fresh=True) == first
 
 
-def test_an_unreadable_picture_is_named_and_what_was_hashed_before_it_is_remembered(tmp_path: Path, memory: Path):
+def test_a_picture_that_cannot_be_read_is_told_by_its_look_and_never_remembered(tmp_path: Path, memory: Path):
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         put(path, b"x")
     paths[39].unlink()
-    with pytest.raises(UserError, match=r"picture cannot be read: No such file.*\n  in .*/39\.png"):
-        hashes(paths)
+    paths[3].write_bytes(b"<html>")
+    os.utime(paths[3], ns=(LONG_AGO, LONG_AGO))
+    for _ in range(2):
+        looks = list(look_at_files(map(str, paths), len(paths), MAX_PIXELS, False, silent))
+        assert looks[39] == Look(NOTHING, 0, 0, "picture cannot be read: No such file or directory")
+        assert "HTML" in str(looks[3].fault)
+        assert looks[3].content == hashlib.sha256(b"<html>").hexdigest()
+        assert [look.fault for look in looks].count(None) == 38
     with sqlite3.connect(memory) as database:
-        assert database.execute("SELECT count(*) FROM hashes").fetchone() == (32,)
+        assert database.execute("SELECT count(*) FROM looks").fetchone() == (38,)
+
+
+def test_a_look_knows_the_size_of_the_picture_when_it_stands_upright(tmp_path: Path):
+    tall, turned = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    Image.new("RGB", (8, 24)).save(tall)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (8, 24)).save(turned, exif=exif)
+    for path in (tall, turned):
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    for _ in range(2):  # read, then remembered
+        looks = list(look_at_files([str(tall), str(turned)], 2, MAX_PIXELS, False, silent))
+        assert [(look.width, look.height) for look in looks] == [(8, 24), (24, 8)]
+
+
+def test_a_remembered_picture_is_held_to_the_pixel_limit_of_the_moment(tmp_path: Path):
+    path = tmp_path / "a.png"
+    put(path, b"x" * 100)
+    assert next(look_at_files([str(path)], 1, 100, False, silent)).fault is None
+    over = next(look_at_files([str(path)], 1, 99, False, silent))
+    assert over.fault == "picture of 100 x 1 = 100 pixels is over the limit of 99"
 
 
 def test_names_that_are_not_utf_8_are_remembered_too(tmp_path: Path):
@@ -266,18 +297,18 @@ def test_a_memory_that_cannot_be_used_costs_a_note_and_nothing_else(
     elif damage == "another table":
         memory.unlink()
         with sqlite3.connect(memory) as database:
-            database.execute("CREATE TABLE hashes (something)")
+            database.execute("CREATE TABLE looks (something)")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", "nowhere")
     heard: list[str] = []
     assert hashes([path], heard=heard) == right
     assert len(heard) == 1
-    assert heard[0].startswith("note   hashes of pictures are not remembered: ")
+    assert heard[0].startswith("note   looks at pictures are not remembered: ")
 
 
 def test_a_memory_that_another_process_locks_costs_its_use_only(tmp_path: Path, memory: Path, monkeypatch):
-    monkeypatch.setattr("trainer.data.content_hashes.LOCKED_SECONDS", 0.05)
+    monkeypatch.setattr("trainer.data.looks.LOCKED_SECONDS", 0.05)
     path = tmp_path / "a.png"
     put(path, b"x")
     right = hashes([path])
@@ -297,11 +328,11 @@ def test_several_processes_hash_and_remember_at_once(tmp_path: Path, memory: Pat
     code = """
 import sys
 from pathlib import Path
-from trainer.data.content_hashes import file_hashes
+from trainer.data.looks import look_at_files
 heard = []
 paths = [f"{sys.argv[1]}/{i}.png" for i in range(400)]
 for _ in range(5):
-    print(*file_hashes(paths, 400, True, heard.append))
+    print(*(look.content for look in look_at_files(paths, 400, 1000, True, heard.append)))
 assert not heard, heard
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -313,22 +344,22 @@ assert not heard, heard
     said = [process.communicate(timeout=120) for process in running]
     assert not any(error for _, error in said)
     assert len({line for output, _ in said for line in output.splitlines()}) == 1
-    remembered = HashMemory(str(memory), silent)
+    remembered = LookMemory(str(memory), silent)
     assert len(remembered.known([str(tmp_path / f"{i}.png") for i in range(400)])) == 400
     remembered.close()
 
 
 def test_what_takes_long_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.data.content_hashes.ANNOUNCED_AFTER_SECONDS", 0)
-    monkeypatch.setattr("trainer.data.content_hashes.SAID_EVERY_SECONDS", 3600)
+    monkeypatch.setattr("trainer.data.looks.ANNOUNCED_AFTER_SECONDS", 0)
+    monkeypatch.setattr("trainer.data.looks.SAID_EVERY_SECONDS", 3600)
     paths = [tmp_path / f"{i}.png" for i in range(100)]
     for path in paths:
         put(path, b"x")
     heard: list[str] = []
     hashes(paths, heard=heard)
-    assert heard[0] == "data   hashing 100 pictures; the next start reads only those that changed"
-    assert heard[1].startswith("data   16 of 100 pictures hashed in ")
-    assert heard[2].startswith("data   100 pictures hashed in ")
+    assert heard[0] == "data   looking at 100 pictures; the next start reads only those that changed"
+    assert heard[1].startswith("data   16 of 100 pictures read in ")
+    assert heard[2].startswith("data   100 pictures read in ")
     assert len(heard) == 3
 
 
@@ -370,10 +401,10 @@ def test_the_fingerprint_of_ten_million_shapes_looks_at_none_of_them():
     assert len(records.fingerprint(never())) == 64
 
 
-# Who hashes
+# Who looks
 
 
-def test_rank_0_alone_hashes_the_pictures(folder: Path, memory: Path, write_config):
+def test_rank_0_alone_looks_at_the_pictures(folder: Path, memory: Path, write_config):
     config = f"""\
 model: {{kind: tiny}}
 data: {{kind: imagefolder, data_root: {folder}, image_size: 32}}

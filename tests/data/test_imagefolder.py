@@ -77,14 +77,68 @@ def test_a_caption_may_be_a_list_of_captions(tmp_path):
     assert open_lines(tmp_path, line("a.png", ["one", "two"]))[0].captions == ("one", "two")
 
 
-def test_empty_captions_are_allowed_and_counted(tmp_path):
-    for name in "abcd":
+CAPTION_FAULTS = {
+    "empty": ("", "the caption is empty"),
+    "blank": (" \n", "the caption is empty"),
+    "one of several is empty": (["x", ""], "the caption is empty"),
+    "null": (None, "there is no caption"),
+    "no captions": ([], "there is no caption"),
+    "half of a character": ("\ud83d", "it holds half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("case", CAPTION_FAULTS)
+def test_a_caption_without_words_is_told_with_its_line_and_reads_as_empty_where_there_is_none(tmp_path, case):
+    for name in "ab":
         picture(tmp_path / f"{name}.png")
-    records = open_lines(
-        tmp_path, line("a.png", ""), line("b.png", " \n"), line("c.png", ["x", ""]), line("d.png", "full")
-    )
-    assert records[0].captions == ("",)
-    assert records.empty_captions == 3
+    caption, fault = CAPTION_FAULTS[case]
+    records = open_lines(tmp_path, line("b.png", "full"), line("a.png", caption))
+    assert list(records.caption_faults()) == [(1, f"{tmp_path}/metadata.jsonl:2: 'a.png': {fault}")]
+    assert len(records[1].captions) == (2 if isinstance(caption, list) and caption else 1)
+
+
+def test_a_line_without_the_column_is_told_what_column_may_be_meant(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    (index, fault), *others = open_lines(tmp_path, line("a.png"), '{"file_name": "b.png", "txt": "x"}').caption_faults()
+    assert (index, others) == (1, [])
+    assert "no column 'text'; the line has 'file_name', 'txt': set data.caption_column=txt?" in fault
+
+
+def test_captions_that_are_not_utf8_are_told_and_their_records_kept(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    bad = b'{"file_name": "b.png", "text": "caf\xe9"}\n'
+    (tmp_path / "metadata.jsonl").write_bytes(line("a.png").encode() + b"\n" + bad)
+    records = open_folder(tmp_path)
+    assert list(records.caption_faults()) == [(1, f"{tmp_path}/metadata.jsonl:2: 'b.png': byte 0xe9 is not UTF-8")]
+    assert records[1].captions == ("caf?",)
+
+
+def test_text_files_beside_the_pictures_hold_their_captions_a_line_each(tmp_path):
+    for name in ("b.png", "a.jpg", "sub/deep/c.webp", ".hidden/x.png"):
+        picture(tmp_path / name)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n  two  \n")
+    (tmp_path / "sub" / "deep" / "c.txt").write_text("sea", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("no picture is called like this")
+    records = open_folder(tmp_path)
+    assert [records[i].key for i in range(len(records))] == ["a.jpg", "b.png", "sub/deep/c.webp"]
+    assert [records[i].captions for i in range(3)] == [("",), ("one", "two"), ("sea",)]
+    assert list(records.caption_faults()) == [(0, "'a.jpg': there is no caption in a.txt")]
+    assert records.image(2).size == (4, 4)
+
+
+def test_a_changed_text_file_is_seen_at_once(tmp_path):
+    picture(tmp_path / "a.png")
+    for text in ("one", "two"):
+        (tmp_path / "a.txt").write_text(text)
+        assert open_folder(tmp_path)[0].captions == (text,)
+
+
+def test_missing_files_are_left_to_the_policy_where_bad_pictures_may_be_left_out(tmp_path):
+    picture(tmp_path / "a.png")
+    records = open_lines(tmp_path, line("a.png"), line("gone.png"), on_bad="skip")
+    assert [look.fault for look in records.looks()] == [None, "picture cannot be read: No such file or directory"]
 
 
 def test_a_byte_order_mark_and_a_missing_last_newline_are_read_over(tmp_path):
@@ -150,20 +204,8 @@ BAD_LINES = {
     "deep json": ("[" * 100_000, "not JSON"),
     "not an object": ('["a.png", "a cat"]', "where an object is needed"),
     "no file name": ('{"text": "a cat"}', "no column 'file_name'; the line has 'text'"),
-    "no caption": (
-        '{"file_name": "a.png", "txt": "x"}',
-        "no column 'text'; the line has 'file_name', 'txt': set data.caption_column=txt?",
-    ),
-    "the only other column": ('{"file_name": "a.png", "prompt": "x"}', "set data.caption_column=prompt?"),
-    "no column that could be meant": (
-        '{"file_name": "a.png", "width": 3, "height": 4}',
-        "the line has 'file_name', 'width', 'height': set data.caption_column",
-    ),
     "number as caption": (line("a.png", 7), "column 'text' is 7, not a string"),
-    "null as caption": (line("a.png", None), "column 'text' is None, not a string"),
-    "empty list": (line("a.png", []), "empty list"),
     "number in list": (line("a.png", ["x", 1]), "an item of column 'text' is 1"),
-    "half surrogate": (line("a.png", "\ud83d"), "surrogate"),
     "number as name": (line(5), "column 'file_name' is 5"),
     "empty name": (line(""), "empty"),
     "duplicate": (line("./first.png"), "'first.png' is listed on line 1 already"),
@@ -227,12 +269,26 @@ def test_metadata_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
         open_folder(tmp_path / "set")
 
 
-def test_bytes_that_are_not_utf8_are_told_with_line_and_column(tmp_path):
-    for name in "ab":
-        picture(tmp_path / f"{name}.png")
-    bad = b'{"file_name": "b.png", "text": "caf\xe9"}\n'
-    (tmp_path / "metadata.jsonl").write_bytes(line("a.png").encode() + b"\n" + bad)
-    with pytest.raises(UserError, match=r"byte 0xe9 at column 36 is not UTF-8\n  in .*metadata\.jsonl:2"):
+NO_COLUMN = {
+    "another name": ('{"file_name": "a.png", "txt": "x"}', "'txt': set data.caption_column=txt?"),
+    "the only other column": ('{"file_name": "a.png", "prompt": "x"}', "set data.caption_column=prompt?"),
+    "none that could be meant": (
+        '{"file_name": "a.png", "width": 3, "height": 4}',
+        "the line has 'file_name', 'width', 'height': set data.caption_column",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_COLUMN)
+def test_a_column_that_no_line_has_is_refused_with_what_may_be_meant(tmp_path, case):
+    picture(tmp_path / "a.png")
+    text, reason = NO_COLUMN[case]
+    assert reason in refusal(tmp_path, text)
+
+
+def test_a_file_name_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "caf\xe9.png", "text": "x"}\n')
+    with pytest.raises(UserError, match=r"is not UTF-8\n  in .*metadata\.jsonl:1"):
         open_folder(tmp_path)
 
 
@@ -274,24 +330,21 @@ def test_bad_csv_is_refused_with_the_line_where_the_row_starts(tmp_path, case):
     assert f"metadata.csv:{number}" in str(error.value)
 
 
-def test_indexing_and_fingerprinting_decode_nothing_and_import_neither_pillow_nor_torch(tmp_path):
+def test_indexing_and_fingerprinting_import_no_torch_and_indexing_decodes_nothing(tmp_path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"this is no picture")
+        picture(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(line("a.png") + "\n" + line("b.png"))
     code = f"""
 import sys
-for blocked in ("torch", "PIL", "numpy"):
-    sys.modules[blocked] = None
-from trainer.data.plan import BatchPlan, split
+sys.modules["torch"] = None
 from trainer.data.record import Source
 records = Source.parse({{"kind": "imagefolder", "data_root": {str(tmp_path)!r}, "image_size": 64}}).open()
-print(len(records), len(records.fingerprint()), sorted(BatchPlan(split(records, 0)[0], 0).record(i) for i in (0, 1)))
-print(len(Source.parse({{"kind": "shapes"}}).open().fingerprint()))
+print(len(records), records[1].key, "PIL" in sys.modules, len(records.fingerprint()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert done.stdout == "2 64 [0, 1]\n64\n", done.stderr
+    assert done.stdout == "2 b.png False 64\n", done.stderr
 
 
 def test_an_unreadable_picture_is_named_with_its_path(tmp_path):

@@ -23,7 +23,7 @@ from trainer.timesteps import TimestepLaw
 
 STEPS, GLOBAL_BATCH, SEED = 6, 4, 7
 SIZES = [(48, 32), (32, 57), (40, 64), (64, 33), (90, 41)]  # none square: each has a crop to draw
-ROWS = ("keys", "captions", "tokens", "pixels", "t", "eps", "posterior_eps")
+ROWS = ("keys", "captions", "text", "pixels", "t", "eps", "posterior_eps")
 
 Slots = dict[int, dict[str, Any]]
 
@@ -45,7 +45,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
         plan=BatchPlan(range(len(SIZES)), SEED),
         timesteps=TimestepLaw.parse({}),
         tokenize=partial(family.tokenize, clip_tokenizer(merges_for(WORDS), max_length=family.prompt_tokens)),
-        latent_shape=(4, 4, 4),
+        latent_shape=lambda width, height: (4, height // 8, width // 8),
         global_batch=GLOBAL_BATCH,
         seed=SEED,
     )

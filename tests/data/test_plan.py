@@ -1,41 +1,13 @@
 """Which record a slot reads is computed, never stored."""
 
 import pickle
-import sys
-from collections.abc import Callable, Iterator
 
 import pytest
-from PIL.Image import Image
 
 from trainer.config_file import load_config
-from trainer.data.plan import BatchPlan, split
-from trainer.data.record import Record, Records, silent
+from trainer.data.plan import BatchPlan
 from trainer.data.topology import deal
-from trainer.errors import UserError
 from trainer.preflight import preflight
-
-
-class Named(Records):
-    """Records that are nothing but keys."""
-
-    def __init__(self, keys: list[str]):
-        self.keys = keys
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Record:
-        return Record(self.keys[index], ("",))
-
-    def image(self, index: int) -> Image:
-        raise NotImplementedError
-
-    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
-        raise NotImplementedError
-
-
-def named(n: int) -> Named:
-    return Named([f"{i}.png" for i in range(n)])
 
 
 def test_every_epoch_reads_every_record_once():
@@ -130,46 +102,3 @@ def test_a_plan_is_small_whatever_it_read():
     plan = BatchPlan(range(1_000_000), seed=1)
     plan.record(5_000_000)
     assert len(pickle.dumps(plan)) < 500
-    training, _ = split(named(10_000), 0.5)
-    assert sys.getsizeof(training) < 6 * len(training)
-    assert len(pickle.dumps(BatchPlan(training, 0))) < 5 * len(training)
-
-
-def test_split_divides_the_records():
-    training, held_out = split(named(5000), 0.1)
-    assert sorted([*training, *held_out]) == list(range(5000))
-    assert 400 < len(held_out) < 600
-    assert list(training) == sorted(training)
-    assert type(training[0]) is int
-
-
-def test_split_depends_on_the_key_alone():
-    records = named(400)
-    _, held_out = split(records, 0.25)
-    keys = {records[i].key for i in held_out}
-    fewer = Named([f"{i}.png" for i in reversed(range(0, 400, 3))])
-    _, held_out_of_fewer = split(fewer, 0.25)
-    assert {fewer[i].key for i in held_out_of_fewer} == keys & set(fewer.keys)
-
-
-def test_split_is_the_same_in_every_version():
-    _, held_out = split(named(60), 0.2)
-    # A change here moves records of every user between training and validation.
-    assert list(held_out) == [7, 8, 9, 16, 27, 36, 47]
-
-
-def test_a_larger_fraction_keeps_what_a_smaller_one_held_out():
-    _, few = split(named(500), 0.1)
-    _, many = split(named(500), 0.3)
-    assert set(few) < set(many)
-
-
-def test_without_validation_nothing_is_hashed_or_listed():
-    training, held_out = split(named(9), 0.0)
-    assert training == range(9)
-    assert held_out == range(0)
-
-
-def test_holding_out_every_record_is_refused():
-    with pytest.raises(UserError, match=r"all 3 records .*\n  in data.validation_fraction"):
-        split(named(3), 1 - 1e-12)

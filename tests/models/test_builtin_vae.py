@@ -14,10 +14,12 @@ from trainer.models.tiny import BUILTIN_VAE, Tiny
 def pixels():
     import torch
 
-    from trainer.data.transforms import fit, to_tensor
+    from trainer.data.transforms import View, fit, to_tensor
 
     records = Shapes.model_validate({"image_size": 64, "num_images": 48}).open()
-    return torch.stack([to_tensor(fit(records.image(i), 64, 0.5, 0.5, False)) for i in range(len(records))])
+    return torch.stack(
+        [to_tensor(fit(records.image(i), View(64, 64, 0.5, 0.5, flip=False))) for i in range(len(records))]
+    )
 
 
 def test_pictures_of_shapes_come_back_from_the_builtin_vae(pixels):
@@ -36,7 +38,7 @@ def test_the_unet_is_made_to_fit_the_builtin_vae():
     family = Tiny(vae="builtin", unet_channels=(64, 80))
     components = family.load(seed=0)
     assert components.unet.config["in_channels"] == components.unet.config["out_channels"] == 8
-    assert family.latent_shape(components.vae, 64) == (8, 8, 8)
+    assert family.latent_shape(components.vae_config, 64, 64) == (8, 8, 8)
 
 
 def test_provenance_names_the_weights_of_the_builtin_vae():

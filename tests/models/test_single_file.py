@@ -150,7 +150,7 @@ def published(name: str) -> Components:
         return cls.from_config(cls.load_config(folder, subfolder=part))
 
     with torch.device("meta"):
-        return Components(
+        return Components.of(
             unet=empty(UNet2DConditionModel, "unet"),
             vae=empty(AutoencoderKL, "vae"),
             text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),

@@ -55,7 +55,7 @@ def test_each_network_is_under_half_a_million_parameters(tiny: Components):
 @pytest.mark.parametrize("image_size", [32, 40, 48, 56, 64, 72])
 def test_any_image_size_from_32_up_in_steps_of_8_goes_through(tiny: Components, image_size: int):
     family = Tiny()
-    shape = family.latent_shape(tiny.vae, image_size)
+    shape = family.latent_shape(tiny.vae_config, image_size, image_size)
     assert shape == (4, image_size // 8, image_size // 8)
     tokens, _ = family.tokenize(tiny.tokenizer, ["a red circle", "two dogs"])
     with torch.no_grad():

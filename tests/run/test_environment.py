@@ -12,9 +12,9 @@ import pynvml
 import pytest
 
 from trainer import __version__
+from trainer.files import to_json
 from trainer.run import environment
 from trainer.run.environment import installed_packages, nvidia_gpus, snapshot
-from trainer.run.files import to_json
 from trainer.run.manifest import Manifest, config_facts, run_facts, start_entry
 from trainer.run.provenance import git_facts
 from trainer.run.redaction import redact, redact_argv, redact_tree

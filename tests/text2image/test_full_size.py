@@ -36,7 +36,7 @@ from trainer.models.folder import save_diffusers_folder
 configs, folder = Path(sys.argv[1]), Path(sys.argv[2])
 config = lambda name: json.loads((configs / name / "config.json").read_text())
 save_diffusers_folder(
-    Components(
+    Components.of(
         unet=UNet2DConditionModel.from_config(config("unet")),
         vae=AutoencoderKL.from_config(config("vae")),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(config("text_encoder"))),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.run.files import write_atomic
+from trainer.files import write_atomic
 from trainer.run.lock import RunLock
 from trainer.run.rundir import RunDir
 

@@ -35,22 +35,29 @@ REPLACE = "replace the file or remove its line from the metadata"
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image:
-    """The picture in a file: upright, RGB, 8 bits a channel, transparency laid over white.
-
-    Raises UserError naming the file and the reason; a picture over `max_pixels` is refused from its header alone.
-    """
-    from PIL import Image
-
+    """The picture in a file, as `decode` gives it; raises UserError as that does, and for a file that cannot be read."""
     where = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            image = _open(file, where)
-            width, height = image.size
-            if width * height > max_pixels:
-                seen = f"picture of {width} x {height} = {width * height:,} pixels"
-                raise UserError(f"{seen} is over the limit of {max_pixels:,}", where, SHRINK)
-            image.load()
-            return _to_rgb(_upright(image))
+            return decode(file, where, max_pixels)
+    except OSError as error:
+        raise UserError(f"picture cannot be read: {error.strerror}", where, REPLACE) from error
+
+
+def decode(file: BinaryIO, where: str, max_pixels: int = MAX_PIXELS) -> Image:
+    """The picture that an open file holds: upright, RGB, 8 bits a channel, transparency laid over white.
+
+    Raises UserError naming `where` and the reason; a picture over `max_pixels` is refused from its header alone.
+    """
+    from PIL import Image
+
+    try:
+        image = _open(file, where)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UserError(too_large(width, height, max_pixels), where, SHRINK)
+        image.load()
+        return _to_rgb(_upright(image))
     except (UserError, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # WebP's header is checked by Pillow itself, at twice MAX_PIXELS
@@ -59,6 +66,11 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         if isinstance(error, OSError) and error.errno:  # the decoders' own OSErrors carry no number
             raise UserError(f"picture cannot be read: {error.strerror}", where, REPLACE) from error
         raise UserError(f"picture is damaged: {str(error) or type(error).__name__}", where, REPLACE) from error
+
+
+def too_large(width: int, height: int, max_pixels: int) -> str:
+    """Why a picture of this size is refused."""
+    return f"picture of {width} x {height} = {width * height:,} pixels is over the limit of {max_pixels:,}"
 
 
 def _open(file: BinaryIO, where: str) -> ImageFile:

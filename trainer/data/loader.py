@@ -8,16 +8,17 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from trainer.data.plan import BatchPlan
+from trainer.data.captions import caption_of
+from trainer.data.plan import Plan
 from trainer.data.record import Records, Source
 from trainer.data.topology import Topology
-from trainer.data.transforms import fit, to_tensor
+from trainer.data.transforms import View, fit, size_condition, to_tensor
 from trainer.errors import UserError
-from trainer.rng import normal, randint, uniform
+from trainer.rng import normal, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,34 @@ if TYPE_CHECKING:
     from trainer.timesteps import TimestepLaw
 
 Tokenize = Callable[[Sequence[str]], "tuple[Tensor, int]"]
+LatentShape = Callable[[int, int], tuple[int, int, int]]
+MOST_SUBSTITUTES = 100  # records tried for one slot
+
+
+class Encoded(Protocol):
+    """What the encoders made of records and captions before the first step. Raises UserError for what is damaged."""
+
+    def moments(self, index: int, u_variant: float, flip: bool) -> tuple[Tensor, View, tuple[int, int]]:
+        """Mean and standard deviation [2, C, h, w] float32 of a record's latents, of the view that `u_variant` in
+        [0, 1) chooses among those that are kept; that view; and the picture's size."""
+        ...
+
+    def cond(self, caption: str) -> Tensor | None:
+        """What the UNet attends to [L, D] float32; None if captions are not kept."""
+        ...
+
+
+class UnreadableError(UserError):
+    """A picture that could not be read, by a fault of its own and not of a cache."""
+
+
+class Substitute(NamedTuple):
+    """A record that could not be read when its slot came, and the one that was read in its place."""
+
+    slot: int
+    key: str
+    reason: str
+    instead: str
 
 
 @dataclass(frozen=True)
@@ -36,9 +65,11 @@ class Batch:
     captions: list[str]  # as trained on: chosen among the record's, or dropped
     digest: int  # of slots, keys and captions; the sum of them over ranks and micro batches names what a step was fed
     captions_cut: int  # captions too long for the text encoder
+    substitutes: list[Substitute]
     pixels: Tensor | None  # [B, 3, H, W] float32 in [-1, 1]; None if the latents come from a cache
     moments: Tensor | None  # [B, 2, C, h, w] float32 from the cache: mean and standard deviation of the posterior
-    tokens: Tensor  # [B, chunks, 77] int64
+    text: Tensor  # [B, chunks, 77] int64 token ids, or from the cache [B, L, D] float32, what the UNet attends to
+    sizes: Tensor  # [B, 6] int64: original height and width, crop top and left, height and width, as SDXL is told
     t: Tensor  # [B] float32 in [0, 1)
     eps: Tensor  # [B, C, h, w] standard normal: the noise
     posterior_eps: Tensor  # [B, C, h, w] standard normal: samples the VAE's posterior
@@ -61,17 +92,17 @@ class Samples(torch.utils.data.Dataset[Any]):
         self,
         source: Source,
         records: Records,
-        plan: BatchPlan,
+        plan: Plan,
         timesteps: TimestepLaw,
         tokenize: Tokenize,
-        latent_shape: tuple[int, int, int],
+        latent_shape: LatentShape,
         global_batch: int,
         seed: int,
-        moments: Tensor | None = None,
+        encoded: Encoded | None = None,
     ):
         self.source, self.records, self.plan, self.timesteps = source, records, plan, timesteps
         self.tokenize, self.latent_shape, self.global_batch, self.seed = tokenize, latent_shape, global_batch, seed
-        self.moments = moments  # [N, 2, C, h, w] of all records, if they are encoded already
+        self.encoded = encoded
 
     def __getitem__(self, slots: Sequence[int]) -> Batch | UserError:
         # Returned, not raised: a DataLoader turns a worker's exception into another one with a traceback in its text.
@@ -81,39 +112,86 @@ class Samples(torch.utils.data.Dataset[Any]):
             return error
 
     def batch(self, slots: list[int]) -> Batch:
-        """The samples of `slots`; raises UserError for a picture that cannot be read."""
-        indices = [self.plan.record(slot) for slot in slots]
-        captions = [self.caption(slot, index) for slot, index in zip(slots, indices, strict=True)]
+        """The samples of `slots`, all of one bucket; raises UserError for a picture that cannot be read."""
+        substitutes: list[Substitute] = []
+        samples = [self._sample(slot, substitutes) for slot in slots]
+        indices = [index for index, *_ in samples]
         keys = [self.records[index].key for index in indices]
+        captions = [self.caption(slot, index) for slot, index in zip(slots, indices, strict=True)]
         tokens, cut = self.tokenize(captions)
+        conds = [] if self.encoded is None else [self.encoded.cond(caption) for caption in captions]
+        shape = self.latent_shape(*self.size(slots[0]))
+        stacked = torch.stack([tensor for _, tensor, _ in samples])
         return Batch(
             slots=slots,
             keys=keys,
             captions=captions,
             digest=digest(slots, keys, captions),
             captions_cut=cut,
-            pixels=None if self.moments is not None else torch.stack(list(map(self.pixels, slots, indices))),
-            moments=None if self.moments is None else self.moments[indices],
-            tokens=tokens,
+            substitutes=substitutes,
+            pixels=stacked if self.encoded is None else None,
+            moments=None if self.encoded is None else stacked,
+            text=torch.stack([cond for cond in conds if cond is not None])
+            if conds and conds[0] is not None
+            else tokens,
+            sizes=torch.tensor([sizes for *_, sizes in samples]),
             t=torch.tensor(self.timesteps.draw(self.seed, slots, self.global_batch), dtype=torch.float32),
-            eps=normal(self.seed, "noise", slots, self.latent_shape),
-            posterior_eps=normal(self.seed, "posterior", slots, self.latent_shape),
+            eps=normal(self.seed, "noise", slots, shape),
+            posterior_eps=normal(self.seed, "posterior", slots, shape),
         )
 
-    def caption(self, slot: int, index: int) -> str:
-        """One of the record's captions, or the empty one where dropout falls on this slot."""
-        if uniform(self.seed, "caption_dropout", slot) < self.source.caption_dropout:
-            return ""
-        captions = self.records[index].captions
-        return captions[randint(self.seed, "caption", slot, len(captions))]
+    def size(self, slot: int) -> tuple[int, int]:
+        """Width and height of this slot's crop, pixels."""
+        return self.plan.bucket(slot) or (self.source.image_size, self.source.image_size)
 
-    def pixels(self, slot: int, index: int) -> Tensor:
-        """The record's picture, resized and cropped, [3, image_size, image_size] float32 in [-1, 1]."""
+    def caption(self, slot: int, index: int) -> str:
+        """What is made of the record's captions, or the empty one where dropout falls on this slot."""
+        return caption_of(self.source, self.records[index].captions, self.seed, slot)
+
+    def view(self, slot: int) -> View:
+        """What this slot shows of its picture."""
+        width, height = self.size(slot)
         centre = self.source.center_crop
         u_x = 0.5 if centre else uniform(self.seed, "crop_x", slot)
         u_y = 0.5 if centre else uniform(self.seed, "crop_y", slot)
-        flip = self.source.random_flip and uniform(self.seed, "flip", slot) < 0.5
-        return to_tensor(fit(self.records.image(index), self.source.image_size, u_x, u_y, flip))
+        return View(width, height, u_x, u_y, self._flip(slot))
+
+    def _flip(self, slot: int) -> bool:
+        return self.source.random_flip and uniform(self.seed, "flip", slot) < 0.5
+
+    def _sample(self, slot: int, substitutes: list[Substitute]) -> tuple[int, Tensor, list[int]]:
+        """The index of the record that this slot reads, its pixels or moments, and its sizes.
+
+        A picture that has become unreadable since the start is, where the policy allows it, replaced by another record
+        of the same bucket that the slot alone decides, so that no rank and no restart replaces it by a third one.
+        """
+        index = self.plan.record(slot)
+        for turn in range(MOST_SUBSTITUTES):
+            try:
+                return index, *self._input(slot, index)
+            except UnreadableError as error:
+                if self.source.on_bad == "error":
+                    raise
+                instead = self.plan.substitute(slot, uniform(self.seed, f"substitute/{turn}", slot))
+                keys = self.records[index].key, self.records[instead].key
+                substitutes.append(Substitute(slot, keys[0], f"{self.records.where(index)}: {error.what}", keys[1]))
+                index = instead
+        raise UserError(
+            f"{MOST_SUBSTITUTES} pictures in a row cannot be read, the last in {self.records.where(index)}",
+            "data",
+            "is the storage there?",
+        )
+
+    def _input(self, slot: int, index: int) -> tuple[Tensor, list[int]]:
+        if self.encoded is None:
+            view = self.view(slot)
+            try:
+                image = self.records.image(index)
+            except UserError as error:
+                raise UnreadableError(error.what, error.where, error.fix) from error
+            return to_tensor(fit(image, view)), size_condition(image.size, view)
+        moments, view, size = self.encoded.moments(index, uniform(self.seed, "variant", slot), self._flip(slot))
+        return moments, size_condition(size, view)
 
 
 def digest(slots: Sequence[int], keys: Sequence[str], captions: Sequence[str]) -> int:
@@ -137,14 +215,14 @@ class SlotSchedule(torch.utils.data.Sampler[list[int]]):
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """The pictures of any list of records, for a cache: of a source whose crop and flip do not depend on the slot."""
+    """The pictures of any list of records, each in a view of its own, all of one size: for a cache."""
 
-    def __init__(self, samples: Samples):
-        self.samples = samples
+    def __init__(self, records: Records):
+        self.records = records
 
-    def __getitem__(self, indices: Sequence[int]) -> Tensor | UserError:
+    def __getitem__(self, shown: Sequence[tuple[int, View]]) -> Tensor | UserError:
         try:
-            return torch.stack([self.samples.pixels(0, index) for index in indices])
+            return torch.stack([to_tensor(fit(self.records.image(index), view)) for index, view in shown])
         except UserError as error:
             return error
 
@@ -157,7 +235,7 @@ def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> 
 
 def read_ahead(
     dataset: torch.utils.data.Dataset[Any],
-    order: Iterable[Sequence[int]],
+    order: Iterable[Sequence[Any]],
     workers: int,
     ahead: int = 2,
     pin_memory: bool = False,

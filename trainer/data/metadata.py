@@ -46,7 +46,7 @@ def rows(path: str, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in _lines(file, problems):
+    for line, text in _lines(file):
         if not text.strip():
             continue
         try:
@@ -63,7 +63,7 @@ def _json_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[s
 
 def _csv_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     # Strict, because a quote that is never closed would otherwise swallow the rest of the file without a word.
-    reader = csv.reader((text for _, text in _lines(file, problems)), strict=True)
+    reader = csv.reader((text for _, text in _lines(file)), strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -87,15 +87,10 @@ def _csv_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[st
             problems.add(line, f"{len(cells)} cells, but the header names {len(header)} columns{hint}")
 
 
-def _lines(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Each line, 1-based; of a line that is not UTF-8, nothing."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Each line, 1-based; a byte that is not UTF-8 stays, as half of a surrogate pair, for `caption_fault` to find."""
     for line, raw in enumerate(file, 1):
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            problems.add(line, f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8")
-            text = ""
-        yield line, text
+        yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape")
 
 
 def shown(value: Any) -> str:

@@ -9,8 +9,8 @@ from pydantic import Field, PrivateAttr
 
 from trainer.data.sources.shapes import Shapes
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.hook import CollectiveHook
-from trainer.run.files import write_json
 
 if TYPE_CHECKING:
     from trainer.adherence import Question

@@ -30,9 +30,7 @@ class HeldOutLoss(CollectiveHook):
         with torch.no_grad(), training.evaluating():
             for start in starts:
                 batch = held_out.batch(list(range(start, min(start + micro, count)))).to(runtime.device)
-                x_t, target = objective.corrupt(training.vae.latents(batch), batch.eps, batch.t)
-                components = training.components
-                cond = training.config.model.encode_text(components.text_encoder, batch.tokens)
-                pred = training.config.model.predict(components.unet, x_t, objective.model_time(batch.t), cond)
+                x_t, target = objective.corrupt(training.latent_source.latents(batch), batch.eps, batch.t)
+                pred = training.denoiser(x_t, objective.model_time(batch.t), batch.text)
                 total += objective.loss(pred, target).sum()
         return {"validation_loss": runtime.sum(total).item() / count}

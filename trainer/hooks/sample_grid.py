@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import PrivateAttr
 
+from trainer.files import write_atomic
 from trainer.hook import CollectiveHook
-from trainer.run.files import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import Retention
 from trainer.hook import Hook
+from trainer.hooks.bad_samples import BadSamples
 from trainer.hooks.checkpointing import Checkpointing
 from trainer.hooks.held_out_loss import HeldOutLoss
 from trainer.hooks.manifest import ManifestFile
@@ -70,6 +71,9 @@ def truth_hooks(checked: Preflight, training: Training, start: Found | None) -> 
             leaves=checked.leaves,
         ),
         Metrics(),
+        BadSamples(
+            left_out=tuple((checked.records[record].key, reason) for record, reason in checked.surveyed.call.left_out)
+        ),
     ]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.models.base import Components, Provenance
+from trainer.models.base import Components, Provenance, sha256_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 Network = TypeVar("Network", bound="nn.Module")
 
@@ -27,7 +27,7 @@ def load_diffusers_folder(folder: Path, variant: str | None = None, source: str 
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     chosen = chosen_variants(folder, variant)
 
@@ -50,13 +50,31 @@ def load_diffusers_folder(folder: Path, variant: str | None = None, source: str 
             )
         return in_own_memory(network)
 
+    def hashes() -> dict[str, str]:
+        files = {name: weight_files(folder, name, chosen[name]) for name in ("vae", "text_encoder")}
+        tokenizer = sorted(path for path in (folder / "tokenizer").iterdir() if path.is_file())
+        return {
+            "vae": sha256_of([folder / "vae" / "config.json", *files["vae"]]),
+            "text_encoder": sha256_of([folder / "text_encoder" / "config.json", *files["text_encoder"], *tokenizer]),
+        }
+
+    def config_of(name: str, cls: Any) -> Any:
+        with reading(f"the {name}", folder / name):
+            return cls.load_config(str(folder), subfolder=name, local_files_only=True)
+
+    with reading("the text_encoder", folder / "text_encoder"):
+        text_config = CLIPTextConfig.from_pretrained(str(folder), subfolder="text_encoder", local_files_only=True)
     return Components(
-        unet=load("unet", UNet2DConditionModel, torch_dtype=torch.float32),
-        vae=load("vae", AutoencoderKL, torch_dtype=torch.float32),
-        text_encoder=(text_encoder := load("text_encoder", CLIPTextModel, dtype=torch.float32)),
-        tokenizer=load_tokenizer(folder / "tokenizer", text_encoder),
+        tokenizer=load_tokenizer(folder / "tokenizer", text_config.max_position_embeddings),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         provenance=Provenance(source or str(folder)),
+        unet_config=config_of("unet", UNet2DConditionModel),
+        vae_config=config_of("vae", AutoencoderKL),
+        text_config=text_config,
+        load_unet=lambda: load("unet", UNet2DConditionModel, torch_dtype=torch.float32),
+        load_vae=lambda: load("vae", AutoencoderKL, torch_dtype=torch.float32),
+        load_text_encoder=lambda: load("text_encoder", CLIPTextModel, dtype=torch.float32),
+        hash_encoders=hashes,
     )
 
 
@@ -72,8 +90,8 @@ def in_own_memory(network: Network) -> Network:
     return network
 
 
-def load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
-    """The tokenizer of a folder with tokenizer.json, or only vocab.json and merges.txt; no longer than the encoder."""
+def load_tokenizer(folder: Path, longest: int) -> CLIPTokenizer:
+    """The tokenizer of a folder with tokenizer.json, or only vocab.json and merges.txt; for `longest` tokens."""
     from transformers import CLIPTokenizer
 
     if (folder / "tokenizer.json").is_file():
@@ -90,7 +108,7 @@ def load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
         raise UserError(
             "the tokenizer did not take up its own vocabulary", str(folder), "check the files of the folder"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 
 

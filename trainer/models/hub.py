@@ -30,6 +30,11 @@ def fetch_folder(hub_id: str, revision: str | None, variant: str | None) -> Path
     return folder
 
 
+def fetch_small_files(hub_id: str, revision: str | None) -> Path:
+    """As `fetch_folder`, but without a weight: the configs and the tokenizer."""
+    return _snapshot(hub_id, revision, SMALL_FILES)
+
+
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -4,15 +4,27 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from trainer.errors import UserError
 from trainer.models.base import Components, Provenance, sha256
-from trainer.models.folder import CONVERT, STEMS, chosen_variants, load_diffusers_folder, weight_files
-from trainer.models.hub import fetch_folder
-from trainer.models.single_file import check_single_file, load_single_file
+from trainer.models.folder import (
+    CONVERT,
+    STEMS,
+    chosen_variants,
+    load_diffusers_folder,
+    load_tokenizer,
+    read_json,
+    weight_files,
+)
+from trainer.models.hub import fetch_folder, fetch_small_files
+from trainer.models.single_file import CONFIGS, check_single_file, load_single_file, tokenizer_of
 from trainer.models.unet_clip import UNetClip
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -74,6 +86,14 @@ class StableDiffusion(UNetClip):
         if os.path.isfile(self.path):
             return Provenance(self.pretrained, files={self.path.name: sha256(self.path)})
         return Provenance(self.pretrained, self.revision)
+
+    def load_tokenizer(self) -> CLIPTokenizer:
+        self.check()
+        if os.path.isfile(self.path):
+            return tokenizer_of(CONFIGS / check_single_file(self.path))
+        folder = self.path if os.path.isdir(self.path) else fetch_small_files(self.pretrained, self.revision)
+        longest = read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]
+        return load_tokenizer(folder / "tokenizer", longest)
 
     def load(self, seed: int) -> Components:
         """The pretrained networks; the seed decides nothing, for every weight comes from a file."""

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.models.base import Components, Provenance
+from trainer.models.base import Components, Provenance, sha256
 from trainer.models.clip_bpe import clip_tokenizer, openai_merges
 from trainer.models.folder import read_json, reading
 from trainer.models.unet_clip import task_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 CONFIGS = Path(__file__).parent / "sd_configs"
 CONFIG_BY_WIDTH = {768: "sd15", 1024: "sd21"}
@@ -76,6 +76,7 @@ def load_original(path: Path, config_dir: Path) -> Components:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig
 
     # Not `from_single_file`: on a tensor that is missing it fails without naming it, and one too many it only logs.
     header = read_header(path)
@@ -84,15 +85,24 @@ def load_original(path: Path, config_dir: Path) -> Components:
     if said := header.metadata.get("modelspec.prediction_type"):
         scheduler["prediction_type"] = {"v": "v_prediction"}.get(said, said)
     return Components(
-        unet=_diffusion_network(UNet2DConditionModel, path, UNET, config_dir, "unet", convert_ldm_unet_checkpoint),
-        vae=_diffusion_network(AutoencoderKL, path, VAE, config_dir, "vae", convert_ldm_vae_checkpoint),
-        text_encoder=_text_encoder(path, config_dir),
-        tokenizer=clip_tokenizer(
-            openai_merges(), read_json(config_dir / "tokenizer" / "tokenizer_config.json")["pad_token"]
-        ),
+        tokenizer=tokenizer_of(config_dir),
         scheduler=scheduler,
         provenance=Provenance(str(path)),
+        unet_config=read_json(config_dir / "unet" / "config.json"),
+        vae_config=read_json(config_dir / "vae" / "config.json"),
+        text_config=CLIPTextConfig.from_pretrained(str(config_dir), subfolder="text_encoder", local_files_only=True),
+        load_unet=lambda: _diffusion_network(
+            UNet2DConditionModel, path, UNET, config_dir, "unet", convert_ldm_unet_checkpoint
+        ),
+        load_vae=lambda: _diffusion_network(AutoencoderKL, path, VAE, config_dir, "vae", convert_ldm_vae_checkpoint),
+        load_text_encoder=lambda: _text_encoder(path, config_dir),
+        hash_encoders=lambda: dict.fromkeys(("vae", "text_encoder"), sha256(path)),  # the file is one whole
     )
+
+
+def tokenizer_of(config_dir: Path) -> CLIPTokenizer:
+    """The tokenizer that the config files in `config_dir` describe."""
+    return clip_tokenizer(openai_merges(), read_json(config_dir / "tokenizer" / "tokenizer_config.json")["pad_token"])
 
 
 def read_header(path: Path) -> Header:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.errors import UserError
-from trainer.models.base import Components, Provenance, sha256
+from trainer.models.base import Components, Provenance, sha256, sha256_of
 from trainer.models.clip_bpe import MAX_LENGTH, clip_tokenizer, merges_for
+from trainer.models.folder import read_json
 from trainer.models.unet_clip import UNetClip
 from trainer.rng import draw_seed
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 BUILTIN_VAE = Path(__file__).parent / "builtin_vae"  # docs/demo_vae.md says how it was made
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -41,6 +42,18 @@ WORDS = """
     navy lime olive maroon indigo turquoise beige cream crescent plus cube sphere cylinder cone lower upper
 """.split()  # noqa: SIM905
 
+
+WEIGHTS = "tiny 1"  # counts up when other weights are drawn from a seed, so that caches know
+VAE_CONFIG: dict[str, Any] = {
+    "sample_size": 64,
+    "latent_channels": 4,
+    "block_out_channels": (8, 16, 24, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "scaling_factor": 4.0,  # means of random weights have a root mean square of 0.2 to 0.3, whatever the picture
+}
 
 # Without `prediction_type`: these weights were not trained to predict anything.
 SCHEDULER = {
@@ -124,44 +137,60 @@ class Tiny(UNetClip):
         weights = VAE_FILES[1]
         return Provenance(source=f"tiny with {name}", files={f"vae/{weights}": sha256(self._vae_folder() / weights)})
 
+    def load_tokenizer(self) -> CLIPTokenizer:
+        return clip_tokenizer(merges_for(WORDS), max_length=self.prompt_tokens)
+
     def load(self, seed: int) -> Components:
-        tokenizer = clip_tokenizer(merges_for(WORDS), max_length=self.prompt_tokens)
-        vae = _seeded(seed, "vae", tiny_vae) if self.vae == "random" else vae_from(self._vae_folder())
-        latent_channels = vae.config["latent_channels"]
+        tokenizer = self.load_tokenizer()
+        random = self.vae == "random"
+        vae_config = dict(VAE_CONFIG) if random else read_json(self._vae_folder() / VAE_FILES[0])
+        text_config = tiny_text_config(tokenizer)
+        unet_config = self._unet_config(vae_config["latent_channels"])
+
+        def hashes() -> dict[str, str]:
+            vae = f"{WEIGHTS} {seed}" if random else sha256_of([self._vae_folder() / name for name in VAE_FILES])
+            return {"vae": vae, "text_encoder": f"{WEIGHTS} {seed} {len(tokenizer)} {self.prompt_tokens}"}
+
         return self.fitting(
             Components(
-                unet=_seeded(seed, "unet", lambda: self._unet(latent_channels)),
-                vae=vae,
-                text_encoder=_seeded(seed, "text_encoder", lambda: tiny_text_encoder(tokenizer)),
                 tokenizer=tokenizer,
                 scheduler=dict(SCHEDULER),
                 provenance=self.provenance(),
+                unet_config=unet_config,
+                vae_config=vae_config,
+                text_config=text_config,
+                load_unet=lambda: _seeded(seed, "unet", lambda: tiny_unet(unet_config)),
+                load_vae=lambda: _seeded(seed, "vae", tiny_vae) if random else vae_from(self._vae_folder()),
+                load_text_encoder=lambda: _seeded(seed, "text_encoder", lambda: tiny_text_encoder(text_config)),
+                hash_encoders=hashes,
             )
         )
 
     def _vae_folder(self) -> Path:
         return BUILTIN_VAE if self.vae == "builtin" else Path(self.vae)
 
-    def _unet(self, latent_channels: int) -> UNet2DConditionModel:
-        """0.46 M parameters as it stands; latents of any size from 4x4 up, text of width 64."""
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
+    def _unet_config(self, latent_channels: int) -> dict[str, Any]:
         attends = [level in self.unet_attention_levels for level in range(len(self.unet_channels))]
-        return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            block_out_channels=self.unet_channels,
-            down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
-            layers_per_block=1,
-            norm_num_groups=8,
+        return {
+            "sample_size": 8,
+            "in_channels": latent_channels,
+            "out_channels": latent_channels,
+            "block_out_channels": self.unet_channels,
+            "down_block_types": tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+            "up_block_types": tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
             # The number of heads, by an old misnomer of diffusers.
-            attention_head_dim=tuple(  # pyright: ignore[reportArgumentType]
-                max(1, width // self.unet_head_width) for width in self.unet_channels
-            ),
-            cross_attention_dim=TEXT_WIDTH,
-        )
+            "attention_head_dim": tuple(max(1, width // self.unet_head_width) for width in self.unet_channels),
+            "cross_attention_dim": TEXT_WIDTH,
+        }
+
+
+def tiny_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """0.46 M parameters with the defaults; latents of any size from 4x4 up, text of width 64."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(**config)
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -169,16 +198,7 @@ def tiny_vae() -> AutoencoderKL:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae = AutoencoderKL(
-        sample_size=64,
-        latent_channels=4,
-        block_out_channels=(8, 16, 24, 32),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-        layers_per_block=1,
-        norm_num_groups=8,
-        scaling_factor=4.0,  # means of random weights have a root mean square of 0.2 to 0.3, whatever the picture
-    )
+    vae = AutoencoderKL(**VAE_CONFIG)
     # As drawn, the posterior has unit variance and would drown its mean: a trained one is all but certain.
     with torch.no_grad():
         vae.quant_conv.bias[4:] -= 8  # log variance  # pyright: ignore
@@ -193,23 +213,28 @@ def vae_from(folder: Path = BUILTIN_VAE) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
-def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """0.22 M parameters in three layers of width 64."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def tiny_text_encoder(config: CLIPTextConfig) -> CLIPTextModel:
+    """A text encoder with weights of the moment; 0.22 M parameters as `tiny_text_config` has it."""
+    from transformers import CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,  # pyright: ignore
-            eos_token_id=tokenizer.eos_token_id,  # pyright: ignore
-            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore
-        )
+    return CLIPTextModel(config)
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Three layers of width 64."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,  # pyright: ignore
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -11,7 +11,6 @@ from trainer.errors import UserError
 from trainer.models.base import Components, ModelFamily
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -32,15 +31,15 @@ class UNetClip(ModelFamily):
 
     def fitting(self, components: Components) -> Components:
         """`components` as given; raises UserError if they do not fit together or cannot do what the config asks."""
-        unet, latents = components.unet.config["in_channels"], components.vae.config["latent_channels"]
+        unet, latents = components.unet_config["in_channels"], components.vae_config["latent_channels"]
         if unet != latents:
             raise UserError(
                 f"the UNet takes {unet} channels but the VAE makes {latents}: it {task_of(unet)}",
                 components.provenance.source,
                 "give a text-to-image model",
             )
-        text = components.text_encoder.config
-        attends = components.unet.config["cross_attention_dim"]
+        text = components.text_config
+        attends = components.unet_config["cross_attention_dim"]
         if attends != text.hidden_size:
             raise UserError(
                 f"the UNet attends to text of width {attends} but the text encoder's is {text.hidden_size}",
@@ -62,10 +61,9 @@ class UNetClip(ModelFamily):
         return components
 
     def trainable(self, components: Components) -> dict[str, nn.Module]:
-        components.vae.requires_grad_(False)
-        components.text_encoder.requires_grad_(self.train_text_encoder)
         if not self.train_text_encoder:
             return {"unet": components.unet}
+        components.text_encoder.requires_grad_(True)
         # Skipped layers get no gradient, and a wrapper that waits for one from each parameter would wait for ever.
         layers = components.text_encoder.encoder.layers
         layers[len(layers) - self.clip_skip :].requires_grad_(False)
@@ -76,13 +74,20 @@ class UNetClip(ModelFamily):
 
         length = tokenizer.model_max_length
         words = length - 2  # beside bos and eos
-        room = self.prompt_chunks * words
+        room = self.prompt_room(tokenizer)
         rows, cut = [], 0
         for ids in tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids:
             cut += len(ids) > room
             chunks = [ids[start : start + words] for start in range(0, room, words)]
             rows.append([_padded(tokenizer, chunk, length) for chunk in chunks])
         return torch.tensor(rows, dtype=torch.int64), cut
+
+    def token_counts(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[int]:
+        ids = tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids if captions else []
+        return [len(each) for each in ids]
+
+    def prompt_room(self, tokenizer: CLIPTokenizer) -> int:
+        return self.prompt_chunks * (tokenizer.model_max_length - 2)  # beside bos and eos
 
     def encode_text(self, text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
         batch, chunks, length = tokens.shape
@@ -97,9 +102,12 @@ class UNetClip(ModelFamily):
     def predict(self, unet: UNet2DConditionModel, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         return unet(x_t, time, encoder_hidden_states=cond, return_dict=False)[0]
 
-    def latent_shape(self, vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
-        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        return vae.config["latent_channels"], image_size // factor, image_size // factor
+    def latent_shape(self, vae_config: Mapping[str, Any], width: int, height: int) -> tuple[int, int, int]:
+        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        return vae_config["latent_channels"], height // factor, width // factor
+
+    def text_recipe(self) -> dict[str, Any]:
+        return {"clip_skip": self.clip_skip, "prompt_chunks": self.prompt_chunks}
 
 
 def task_of(channels: int) -> str:

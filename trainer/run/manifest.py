@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.files import retrying, write_json
 from trainer.run.environment import utc_time
-from trainer.run.files import retrying, write_json
 from trainer.run.redaction import redact_argv, redact_tree
 
 SCHEMA_VERSION = 1

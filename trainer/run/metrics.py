@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import StorageFailed, UserError
-from trainer.run.files import fsync_folder, retrying
+from trainer.files import fsync_folder, retrying
 
 BLOCK_BYTES = 2**18
 

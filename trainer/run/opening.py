@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.run.files import retrying, write_atomic, write_json
+from trainer.files import retrying, write_atomic, write_json
 from trainer.run.rundir import RunDir
 
 

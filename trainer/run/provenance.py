@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.run.files import sha256_file
+from trainer.files import sha256_file
 from trainer.run.redaction import redact
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.fingerprint import Leaf, changed_records
-from trainer.run.files import open_atomic, retrying
+from trainer.files import open_atomic, retrying
 from trainer.run.rundir import RunDir
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.run.files import fsync_folder, sweep_temp_files, temp_path
+from trainer.files import fsync_folder, sweep_temp_files, temp_path
 
 _SAMPLE = re.compile(r"step-([0-9]{6,})\.png")
 _SIDECAR = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.json")
@@ -25,6 +25,7 @@ class RunDir:
         self.manifest = self.path / "run_manifest.json"
         self.metrics = self.path / "metrics.jsonl"
         self.records = self.path / "records.jsonl"
+        self.bad_samples = self.path / "bad_samples.jsonl"
         self.adherence = self.path / "adherence.json"
         self.samples = self.path / "samples"
         self.progress = self.path / "progress.png"  # the validation prompts at every step that drew them

@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from trainer.data.content_hashes import file_hashes
 from trainer.data.folder import Folder, Found, relative_name
-from trainer.data.image_file import MAX_PIXELS, SUFFIXES, read_image
+from trainer.data.image_file import MAX_PIXELS, REPLACE, SUFFIXES
+from trainer.data.index import Index, IndexedRecords, Row, file_identity, indexed
+from trainer.data.looks import look_at_files
 from trainer.data.metadata import Problems, rows, shown
-from trainer.data.record import Record, Records, Source, silent
+from trainer.data.record import Look, Source, caption_fault, silent
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from pyarrow import Schema
 
-Captions = str | tuple[str, ...]
 NAMED_MISSING = 5
 NOT_READ: dict[Found, str] = {"outside": "is a link that leaves data_root", "not a file": "is not a regular file"}
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class ImageFolder(Source):
-    """A folder of pictures with a `metadata.jsonl` or `metadata.csv` beside them, one line a picture."""
+    """A folder of pictures: with a `metadata.jsonl` or `metadata.csv`, one line a picture, or a `.txt` beside each."""
 
     kind = "imagefolder"
 
@@ -48,15 +49,27 @@ class ImageFolder(Source):
     def open(self) -> ImageFolderRecords:
         folder = _folder(self.data_root)
         metadata = self._metadata(folder)
+        if metadata is None:
+            index = indexed(None, _no_columns, lambda: self._rows_of_sidecars(folder))
+        else:
+            there = file_identity(metadata)
+            columns = [self.caption_column, self.image_column, self.on_bad]
+            identity = {"imagefolder": folder.root, "metadata": there, "columns": columns} if there else None
+            index = indexed(identity, _no_columns, lambda: self._rows_of(metadata, folder))
+        if not len(index):
+            raise UserError("the metadata lists no picture", metadata, self._example())
+        return ImageFolderRecords(folder.root, index, self.max_pixels)
+
+    def _rows_of(self, metadata: str, folder: Folder) -> Iterator[Row]:
+        """One row a line; raises UserError with every problem of the file, once all of it is read."""
         problems = Problems(metadata)
-        keys: list[str] = []
-        captions: list[Captions] = []
         first_line: dict[str, int] = {}
         missing: list[tuple[int, str]] = []
+        captionless: list[tuple[int, str]] = []
         for line, row in rows(metadata, problems):
             try:
-                key = relative_name(self._text(row, self.image_column, "image_column"))
-                caption = self._captions(row)
+                key = relative_name(_string(self._value(row, self.image_column, "image_column"), self.image_column))
+                captions, absent = self._captions(row)
             except ValueError as error:
                 problems.add(line, str(error))
                 continue
@@ -64,28 +77,49 @@ class ImageFolder(Source):
                 problems.add(line, f"{shown(key)} is listed on line {first_line[key]} already")
                 continue
             first_line[key] = line
+            if not key.isascii() and caption_fault([key]):
+                problems.add(line, f"file name {shown(key)} is not UTF-8")
+                continue
             found = folder.find(key)
-            if found == "missing":
+            if found == "missing" and self.on_bad == "error":
                 missing.append((line, key))
-            elif found != "file":
+            elif found not in ("file", "missing"):  # a missing one may be left out, and the look at it says so
                 problems.add(line, f"{shown(key)} {NOT_READ[found]}")
-            keys.append(key)
-            captions.append(caption)
+            if absent:
+                captionless.append((line, absent))
+            fault = absent or caption_fault(captions)
+            told = f"{metadata}:{line}: {shown(key)}: {fault}" if fault else None
+            yield {"key": key, "captions": _storable(captions), "caption_fault": told}
+        if captionless and len(captionless) == len(first_line):  # not captions that are missing, but another column
+            for line, absent in captionless:
+                problems.add(line, absent)
         if missing:
-            problems.add(missing[0][0], _missing(missing, len(keys)))
+            problems.add(missing[0][0], _missing(missing, len(first_line)))
         problems.raise_any("mend the metadata; no picture was read yet")
-        if not keys:
-            raise UserError("the metadata lists no picture", metadata, self._example())
-        return ImageFolderRecords(folder.root, keys, captions, self.max_pixels)
 
-    def _metadata(self, folder: Folder) -> str:
-        """The path of the one metadata file."""
-        there = [name for name in ("metadata.jsonl", "metadata.csv") if folder.find(name) != "missing"]
+    def _rows_of_sidecars(self, folder: Folder) -> Iterator[Row]:
+        """One row a picture below the folder, by name; its captions are the lines of the `.txt` beside it."""
+        for key in _pictures(folder):
+            stem = os.path.splitext(key)[0]
+            captions: tuple[str, ...] = ()
+            if folder.find(f"{stem}.txt") == "file":
+                with open(os.path.join(folder.root, f"{stem}.txt"), "rb") as file:
+                    text = file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+                captions = tuple(line.strip() for line in text.splitlines() if line.strip())
+            fault = caption_fault(captions)
+            told = f"{shown(key)}: {fault} in {os.path.basename(stem)}.txt" if fault else None
+            yield {"key": key, "captions": _storable(captions), "caption_fault": told}
+
+    def _metadata(self, folder: Folder) -> str | None:
+        """The path of the one metadata file; None if captions stand beside their pictures instead."""
+        there = [name for name in METADATA if folder.find(name) != "missing"]
         if len(there) == 2:
             raise UserError("there are both metadata.jsonl and metadata.csv", self.data_root, "keep one of them")
+        if not there and any(folder.find(f"{os.path.splitext(key)[0]}.txt") == "file" for key in _pictures(folder)):
+            return None
         if not there:
             full = os.listdir(folder.root)
-            seen = "no metadata.jsonl or metadata.csv in the folder" if full else "the folder is empty"
+            seen = "no metadata.jsonl, no metadata.csv and no .txt beside a picture" if full else "the folder is empty"
             raise UserError(seen, self.data_root, self._example())
         (name,) = there
         if (found := folder.find(name)) != "file":
@@ -105,56 +139,82 @@ class ImageFolder(Source):
         line = json.dumps({self.image_column: picture, self.caption_column: "a photo of a cat"}, ensure_ascii=False)
         return f"metadata.jsonl needs one line a picture, such as: {line}"
 
-    def _captions(self, row: dict[str, Any]) -> Captions:
-        value = row.get(self.caption_column)
+    def _captions(self, row: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
+        """The captions, and why there is no such column if there is none."""
+        if row.get(self.caption_column) is None:
+            absent = _absent(row, self.caption_column, "caption_column", [self.image_column])
+            return (), absent if self.caption_column not in row else None
+        value = row[self.caption_column]
         if not isinstance(value, list):
-            return self._text(row, self.caption_column, "caption_column")
-        if not value:
-            raise ValueError(f"column {self.caption_column!r} is an empty list; it needs one caption at least")
-        return tuple(_string(item, f"an item of column {self.caption_column!r}") for item in value)
+            return (_string(value, self.caption_column),), None
+        return tuple(_string(item, self.caption_column, "an item of ") for item in value), None
 
-    def _text(self, row: dict[str, Any], column: str, key: str) -> str:
+    def _value(self, row: dict[str, Any], column: str, key: str) -> Any:
         if column not in row:
-            others = [name for name in row if name not in (self.image_column, self.caption_column)]
-            near = others if len(others) == 1 else difflib.get_close_matches(column, others, 1, 0.5)
-            hint = f"set data.{key}={near[0]}?" if near else f"set data.{key}"
-            there = ", ".join(map(shown, list(row)[:10])) or "no column"
-            raise ValueError(f"no column {column!r}; the line has {there}: {hint}")
-        return _string(row[column], f"column {column!r}")
+            raise ValueError(_absent(row, column, key, [self.caption_column]))
+        return row[column]
 
 
-class ImageFolderRecords(Records):
+def _absent(row: dict[str, Any], column: str, key: str, taken: list[str]) -> str:
+    others = [name for name in row if name not in (column, *taken)]
+    near = others if len(others) == 1 else difflib.get_close_matches(column, others, 1, 0.5)
+    hint = f"set data.{key}={near[0]}?" if near else f"set data.{key}"
+    there = ", ".join(map(shown, list(row)[:10])) or "no column"
+    return f"no column {column!r}; the line has {there}: {hint}"
+
+
+class ImageFolderRecords(IndexedRecords):
     """Names and captions, in the order of the metadata; pictures are opened when asked for."""
 
-    def __init__(self, root: str, keys: list[str], captions: list[Captions], max_pixels: int):
-        self._root, self._keys, self._captions, self._max_pixels = root, keys, captions, max_pixels
-        self.empty_captions = sum(any(not text.strip() for text in _tuple(item)) for item in captions)
+    def __init__(self, root: str, index: Index, max_pixels: int):
+        super().__init__(index, max_pixels)
+        self._root = root
 
-    def __len__(self) -> int:
-        return len(self._keys)
+    def where(self, index: int) -> str:
+        return os.path.join(self._root, self[index].key)
 
-    def __getitem__(self, index: int) -> Record:
-        return Record(self._keys[index], _tuple(self._captions[index]))
+    def data(self, index: int) -> bytes:
+        path = self.where(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"picture cannot be read: {error.strerror}", path, REPLACE) from error
 
-    def image(self, index: int) -> Image:
-        return read_image(os.path.join(self._root, self._keys[index]), self._max_pixels)
-
-    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
-        return file_hashes((os.path.join(self._root, key) for key in self._keys), len(self), fresh, say)
+    def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
+        paths = (os.path.join(self._root, key.as_py()) for key in self.index.table["key"])
+        return look_at_files(paths, len(self), self.max_pixels, fresh, say)
 
 
-def _tuple(captions: Captions) -> tuple[str, ...]:
-    return (captions,) if isinstance(captions, str) else captions
+def _no_columns() -> Schema:
+    import pyarrow as pa
+
+    return pa.schema([])
 
 
-def _string(value: Any, what: str) -> str:
+def _pictures(folder: Folder) -> Iterator[str]:
+    """The files below the folder that are called as pictures are, by name; links that leave it are not followed."""
+    found = []
+    for directory, below, names in os.walk(folder.root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        relative = os.path.relpath(directory, folder.root)
+        keys = (name if relative == "." else f"{relative}/{name}" for name in names)
+        found += [key for key in keys if key.lower().endswith(SUFFIXES) and folder.find(key) == "file"]
+    for key in found:
+        if caption_fault([key]):
+            raise UserError(f"file name {shown(key)} is not UTF-8", folder.root, "rename the file")
+    return iter(sorted(found))
+
+
+def _string(value: Any, column: str, part: str = "") -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {shown(value)}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a surrogate pair: {shown(value)}") from None
+        raise ValueError(f"{part}column {column!r} is {shown(value)}, not a string")
     return value
+
+
+def _storable(captions: tuple[str, ...]) -> list[str]:
+    """Captions as the index can hold them: what is not UTF-8 is replaced, and `caption_fault` says so."""
+    return [caption.encode("utf-8", "replace").decode() for caption in captions]
 
 
 def _missing(missing: list[tuple[int, str]], records: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
-from trainer.data.record import Record, Records, Source, silent
+from trainer.data.record import Look, Record, Records, Source, silent
 from trainer.rng import uniform
 
 if TYPE_CHECKING:
@@ -197,13 +197,16 @@ class ShapeRecords(Records):
         combination = self.combination(index)
         return draw(combination, self.image_size, place(combination, self.seed, index))
 
-    def contents(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[str]:
-        """What the pictures are drawn from, not their pixels, so that their size in pixels does not matter."""
+    def caption_faults(self) -> Iterator[tuple[int, str]]:
+        return iter(())
+
+    def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
+        """Content is what the pictures are drawn from, not their pixels: their size in pixels does not matter."""
         drawing = hashlib.sha256(_drawing())
         for index in range(self.num_images):
             digest = drawing.copy()
             digest.update(json.dumps([self.seed, index, *self.combination(index)]).encode())
-            yield digest.hexdigest()
+            yield Look(digest.hexdigest(), self.image_size, self.image_size)
 
     def fingerprint(self, contents: Iterable[str] | None = None) -> str:
         """Of the definition of the records, and so as quick for millions of them as for a few."""

@@ -10,10 +10,10 @@ from typing import cast
 
 import pytest
 import torch
+from trainer.latent_cache import CHUNK, Memory
 
 from trainer.cli import main
 from trainer.config_file import load_config
-from trainer.latent_cache import CHUNK, Memory
 from trainer.preflight import preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime

@@ -7,9 +7,9 @@ import stat
 
 import pytest
 
+from trainer import files
 from trainer.errors import StorageFailed
-from trainer.run import files
-from trainer.run.files import (
+from trainer.files import (
     open_atomic,
     retrying,
     sha256_file,
