@@ -5,6 +5,8 @@ Only a kind with a required argument of a new name needs an entry in `REQUIRED`.
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,23 @@ def _pictures(folder: Path) -> str:
     return str(folder / "pictures")
 
 
+def _shards(folder: Path) -> str:
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        tar.add(_pictures(folder), "pictures")
+    return str(folder / "{0..0}.tar")
+
+
+def _dataset(folder: Path) -> str:
+    import datasets
+
+    pictures = Path(_pictures(folder))
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    columns = {"image": [str(pictures / row["file_name"]) for row in rows], "text": [row["text"] for row in rows]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.save_to_disk(folder / "dataset")
+    return str(folder / "dataset")
+
+
 def _pretrained(folder: Path) -> str:
     save_diffusers_folder(ModelFamily.parse({"kind": "tiny"}).load(0), folder / "model")
     return str(folder / "model")
@@ -34,7 +53,11 @@ REQUIRED: dict[str, Callable[[Path], Any]] = {
     "image_size": lambda folder: 32,
     "peak": lambda folder: 1e-3,
     "data_root": _pictures,
+    "shards": _shards,
+    "dataset": _dataset,
+    "sources": lambda folder: [{"source": {"kind": "imagefolder", "data_root": _pictures(folder)}, "repeats": 2}],
     "pretrained": _pretrained,
+    "dir": lambda folder: str(folder / "cache"),
 }
 
 

@@ -47,7 +47,7 @@ def test_every_family_of_the_config_is_known_to_these_tests():
             "TimestepLaw",
             "OptimizerSpec",
             "LrLaw",
-            "LatentCache",
+            "EncodingCache",
             "Hook",
         )
     }

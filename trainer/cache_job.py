@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.encoder_cache import Disk
+from trainer.encoder_cache.disk import Disk
 from trainer.errors import UserError
 from trainer.preflight import Preflight
 from trainer.runtime import Runtime

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trainer.data.record import Source
 from trainer.ema import EmaSpec
-from trainer.encoder_cache import EncodingCache
+from trainer.encoder_cache.base import EncodingCache
 from trainer.hook import Hook
 from trainer.lr import LrLaw
 from trainer.models.base import ModelFamily

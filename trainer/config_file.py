@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -150,7 +150,8 @@ def _drop_keys_of_the_old_kind(
 def _part(section: str, values: dict[str, Any]) -> type[Part] | None:
     """The Part class that the section names by its kind, if it is one."""
     field = Config.model_fields.get(section)
-    family = field.annotation if field else None
+    annotation = field.annotation if field else None
+    family = next((each for each in get_args(annotation) if each is not type(None)), annotation)  # of a section or None
     node = values.get(section)
     if not isinstance(family, type) or not issubclass(family, Part) or not isinstance(node, dict):
         return None

@@ -71,6 +71,8 @@ def _type(annotation: Any) -> str:
         return " or ".join("null" if option is types.NoneType else _type(option) for option in arguments)
     if typing.get_origin(annotation) is tuple:
         return f"list of {_type(arguments[0])}"
+    if typing.get_origin(annotation) is dict or issubclass(annotation, Section):
+        return "mapping"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[annotation.__name__]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from trainer import loop
 from trainer.checkpoint import Found, sealed, set_aside_after
 from trainer.control import Control
+from trainer.data.captions import possible_captions
 from trainer.errors import RunEnd, Stopped, UserError
 from trainer.failure import as_status, caused_by, crashed, explained
 from trainer.files import open_atomic, write_atomic, write_json
@@ -30,6 +31,8 @@ from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.training import Training, assemble
+
+MOST_COUNTED = 20_000  # records whose captions are counted at a start: a second's work
 
 
 def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
@@ -88,7 +91,7 @@ def _train(
     if idle := runtime.idle_gpus():
         say(f"note   {idle} GPUs here stay idle; accelerate launch --multi_gpu trainer/train.py uses them")
     training = assemble(checked, runtime, run_dir, start)
-    for line in describe(training):
+    for line in [*describe(training), *over_long(training)] if runtime.is_main else ():
         say(line)
     first = training.first_step
     runtime.from_main(lambda: _prepare_folder(run_dir, lock, seen, start, say))
@@ -187,6 +190,21 @@ def describe(training: Training) -> list[str]:
         *(["note   this model has dropout, and what it drops depends on the micro batch"] if drops else []),
         f"output {training.run_dir.path}",
     ]
+
+
+def over_long(training: Training) -> list[str]:
+    """How many captions the text encoder cannot read to their end, if there are any; of much data, in a part of it."""
+    config, records = training.config, training.samples.records
+    family, tokenizer = config.model, training.components.tokenizer
+    room, stride = family.prompt_room(tokenizer), -(-len(records) // MOST_COUNTED)
+    captions = [each for index in range(0, len(records), stride) for each in records[index].captions]
+    if not config.data.caption_shuffle_tags:
+        captions = list(possible_captions(config.data, captions))
+    could_be = [caption for caption in captions if len(caption.encode()) > room]  # a token is a byte at least
+    cut = sum(count > room for count in family.token_counts(tokenizer, could_be))
+    part = "" if stride == 1 else f" of every {stride}th record"
+    told = f"note   {cut:,} of {len(captions):,} captions{part} are longer than the {room} tokens that are read"
+    return [f"{told}; model.prompt_chunks takes more of them"] if cut else []
 
 
 def _count(module: nn.Module) -> str:

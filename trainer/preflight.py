@@ -77,6 +77,7 @@ class Preflight:
             *([f"note   the first record left out: {left_out[0].reason}"] if left_out else []),
             f"data   {len(self.records)} records = {epoch} to train on + {len(roll.held_out)} held out{left} "
             f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
+            *self.records.notes(),
             *self._buckets(),
             f"batch  {_images(batch)} = {_images(deal.micro_batch)} x {ranks} x {deal.accumulation} accumulation",
             f"run    {steps} steps x {_images(batch)} = {_images(images)} = {images / epoch:.4g} epochs"
@@ -122,6 +123,7 @@ class Preflight:
             },
             data={
                 "kind": self.config.data.kind,
+                **self.records.provenance(),
                 "records": len(self.records),
                 "training": self.surveyed.call.roll.trained,
                 "held_out": len(self.surveyed.call.roll.held_out),

@@ -21,7 +21,7 @@ from trainer.data.roll import Roll
 from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
 from trainer.ema import Ema
-from trainer.encoder_cache import EncodingCache, Job
+from trainer.encoder_cache.base import EncodingCache, Job
 from trainer.errors import UserError
 from trainer.latents import CachedLatents, LatentSource, OnlineVae
 from trainer.preflight import Preflight
@@ -183,9 +183,17 @@ def encoded(
     checked: Preflight, cache: EncodingCache, roll: Roll, components: Components, encoders: Encoders, runtime: Runtime
 ) -> Encoded:
     """Everything that the run needs encoded; of the encoders, those are in memory that are needed for something new."""
+    with_text = cache.keeps_text(checked.config.model.train_text_encoder)
+    kept = cache.encode(job_of(checked, roll, components, encoders, runtime.device), with_text, runtime)
+    encoders.needed -= {"vae", "text_encoder"} if with_text else {"vae"}
+    encoders.rest()
+    return kept
+
+
+def job_of(checked: Preflight, roll: Roll, components: Components, encoders: Encoders, device: torch.device) -> Job:
+    """What the run wants encoded, and by what."""
     config, survey = checked.config, checked.survey
-    with_text = cache.keeps_text(config.model.train_text_encoder)
-    job = Job(
+    return Job(
         source=config.data,
         records=checked.records,
         roll=roll,
@@ -194,14 +202,10 @@ def encoded(
         components=components,
         vae=encoders.vae,
         text_encoder=encoders.text_encoder,
-        device=runtime.device,
+        device=device,
         contents=survey.contents if survey else None,
         sizes=survey.sizes if survey else None,
     )
-    kept = cache.encode(job, with_text, runtime)
-    encoders.needed -= {"vae", "text_encoder"} if with_text else {"vae"}
-    encoders.rest()
-    return kept
 
 
 def first_components(config: Config) -> Components:

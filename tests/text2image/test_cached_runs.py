@@ -1,35 +1,81 @@
-"""A cache gives the latents that encoding on the fly gives, and no step waits for a picture."""
+"""Training from a cache is training without one, and what is kept is encoded once and never stale."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from trainer.latent_cache import CHUNK, Memory
+from PIL import Image
 
+from trainer.cached.tensor_files import map_tensors
 from trainer.cli import main
 from trainer.config_file import load_config
+from trainer.data.loader import Batch
+from trainer.encoder_cache.disk import Disk
 from trainer.preflight import preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.training import assemble
+from trainer.training import Training, assemble
 
 CONFIG = """\
-model: {kind: tiny}
-data: {kind: shapes, image_size: 32, num_workers: 0, num_images: 70, center_crop: true, caption_dropout: 0.2}
-train: {seed: 7, max_steps: 4, global_batch_size: 4, log_every: 1}
-objective: {kind: flow}
-lr: {peak: 1e-3}
-checkpoint: {every_steps: 2}
-cache: {kind: memory}
+model: {{kind: tiny}}
+data: {{kind: imagefolder, data_root: {pictures}, image_size: 64, num_workers: 0, center_crop: true}}
+train: {{seed: 7, max_steps: 4, global_batch_size: 4, log_every: 1, deterministic: true}}
+objective: {{kind: flow}}
+lr: {{peak: 1e-3}}
+checkpoint: {{every_steps: 2}}
+cache: {{dir: {cache}, dtype: fp32}}
 """
+SIZES = [(96, 64), (64, 96), (64, 64), (128, 64), (80, 72), (200, 90), (60, 150)]
+KEPT = re.compile(r"cache  (\d+) entries(?:, all of them kept| = (\d+) kept \+ (\d+) to encode)")
 
-Write = Callable[[str], Path]
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """21 captioned pictures of seven shapes."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    rows = []
+    for index in range(21):
+        paint(root / f"{index}.png", index)
+        rows.append({"file_name": f"{index}.png", "text": [f"picture {index}", "a red circle"]})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def paint(path: Path, index: int, seed: int = 0) -> None:
+    coarse = np.random.default_rng([seed, index]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(SIZES[index % len(SIZES)], Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def config(pictures: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(pictures=pictures, cache=tmp_path / "cache"))
+    return path
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    runtime = Runtime("fp32", deterministic=False)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def assembled(config: Path, tmp_path: Path, runtime: Runtime) -> Callable[..., Training]:
+    def build(*overrides: str) -> Training:
+        checked = preflight(load_config(config, list(overrides)), 0, 1)
+        return assemble(checked, runtime, RunDir(tmp_path / "run"), None)
+
+    return build
 
 
 def train(config: Path, run: Path, *options: str) -> int:
@@ -40,86 +86,224 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def runtime():
-    runtime = Runtime("fp32", deterministic=False)
-    yield runtime
-    runtime.close()
+def encoded(capsys: pytest.CaptureFixture[str]) -> list[int]:
+    """How many entries each build has encoded since the last call: latents, then texts."""
+    return [int(match[3] or 0) for match in KEPT.finditer(capsys.readouterr().out)]
 
 
-def test_cached_latents_are_those_of_encoding_on_the_fly(write_config: Write, tmp_path: Path, runtime: Runtime):
-    checked = preflight(load_config(write_config(CONFIG)), 0, 1)
-    training = assemble(checked, runtime, RunDir(tmp_path / "run"), None)
-    online = assemble(
-        preflight(load_config(write_config(CONFIG), ["cache=null"]), 0, 1), runtime, RunDir(tmp_path), None
-    )
+def weights(run: Path, step: int) -> dict[str, Any]:
+    return torch.load(run / f"checkpoint-{step}.pt", weights_only=True)["modules"]["unet"]
+
+
+def from_cache(training: Training, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """x0, and the prediction that the denoiser makes of it."""
+    x0 = training.latent_source.latents(batch)
+    with torch.no_grad():
+        return x0, training.denoiser(x0, batch.t, batch.text)
+
+
+BUCKETS = ("data.bucket_step_px=16",)
+FLIPS = ("data.random_flip=true", "data.caption_dropout=0.3", "data.caption_prefix=a photo of ")
+
+
+@pytest.mark.parametrize("options", [(), BUCKETS, (*BUCKETS, *FLIPS)], ids=["squares", "buckets", "flips"])
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_cached_inputs_are_those_of_encoding_on_the_fly(assembled: Callable[..., Training], kind: str, options):
+    cached = assembled(*options) if kind == "disk" else assembled("cache.kind=memory", *options)
+    online = assembled("cache=null", *options)
     seen = set()
-    for cached, fresh in zip(training.batches(0, 40), online.batches(0, 40), strict=True):
-        assert cached.pixels is None, "no step waits for a picture that it does not need"
-        assert (cached.slots, cached.keys, cached.captions) == (fresh.slots, fresh.keys, fresh.captions)
-        assert torch.equal(cached.eps, fresh.eps)
-        x0 = training.latent_source.latents(cached)
-        assert torch.allclose(x0, online.latent_source.latents(fresh), atol=1e-5)
-        seen.update(cached.keys)
-    assert len(seen) == 70, "every record was compared"
+    for kept, fresh in zip(cached.batches(0, 12), online.batches(0, 12), strict=True):
+        assert (kept.pixels, fresh.moments) == (None, None), "no step waits for a picture that it does not need"
+        assert (kept.slots, kept.keys, kept.captions, kept.digest) == (
+            *(fresh.slots, fresh.keys, fresh.captions, fresh.digest),
+        )
+        assert torch.equal(kept.sizes, fresh.sizes)
+        for ours, theirs in zip(from_cache(cached, kept), from_cache(online, fresh), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+        seen.update(kept.keys)
+    assert len(seen) == 21, "every record was compared"
 
 
-def test_a_cached_record_still_has_another_latent_in_every_slot(write_config: Write, tmp_path: Path, runtime: Runtime):
-    loaded = load_config(write_config(CONFIG), ["data.num_images=1"])
-    training = assemble(preflight(loaded, 0, 1), runtime, RunDir(tmp_path / "run"), None)
-    x0 = training.latent_source.latents(next(training.batches(0, 1)))
-    assert len(x0.unique(dim=0)) == 4
+def test_a_cached_record_still_has_another_latent_in_every_slot(assembled: Callable[..., Training]):
+    training = assembled("train.global_batch_size=42")
+    batch = next(training.batches(0, 1))
+    x0 = training.latent_source.latents(batch)
+    assert len(x0.unique(dim=0)) == 42 > len(set(batch.keys))
 
 
-def test_ranks_build_the_cache_that_one_rank_builds_bit_for_bit(write_config: Write, tmp_path: Path, runtime: Runtime):
-    training = assemble(preflight(load_config(write_config(CONFIG)), 0, 1), runtime, RunDir(tmp_path / "run"), None)
-    alone = training.samples.moments
-    assert alone is not None
-    shares: list = [None, None]
-    assert len(alone) > 2 * CHUNK, "an odd number of chunks, the last one not full"
-
-    def moments(rank: int, gather: Callable) -> torch.Tensor:
-        ranks = SimpleNamespace(device=runtime.device, rank=rank, world_size=2, gather=gather, say=lambda line: None)
-        return Memory().moments(training.samples, training.vae, cast("Runtime", ranks))
-
-    for rank in (0, 1):
-
-        def keep(mine: list, rank: int = rank) -> list:
-            shares[rank] = mine
-            return [mine * 2, mine * 2]  # not yet the other's: what comes of it is thrown away
-
-        moments(rank, keep)
-    assert torch.equal(moments(0, lambda mine: shares), alone)
+def test_several_crops_of_a_record_are_kept_and_drawn_and_none_is_always_the_same(assembled: Callable[..., Training]):
+    training = assembled("data.center_crop=false", "cache.crops=3", "data.random_flip=true")
+    shown: dict[str, set[tuple[int, ...]]] = {}
+    for batch in training.batches(0, 80):
+        for key, sizes in zip(batch.keys, batch.sizes.tolist(), strict=True):
+            shown.setdefault(key, set()).add(tuple(sizes[2:4]))
+    assert {len(places) for places in shown.values()} <= {1, 2, 3}
+    assert len(shown["5.png"]) == 3, "200 x 90 pixels: a square has room to move"
+    assert shown["2.png"] == {(0, 0)}, "64 x 64 pixels: it has none"
 
 
-def test_training_from_a_cache_resumes_exactly_and_agrees_with_training_without(write_config: Write, tmp_path: Path):
-    config = write_config(CONFIG)
-    assert train(config, tmp_path / "whole") == 0
-    assert train(config, tmp_path / "broken", "--set", "train.max_steps=2") == 0
-    assert train(config, tmp_path / "broken", "--resume", "auto", "--set", "data.num_workers=2") == 0
-    assert train(config, tmp_path / "online", "--set", "cache=null") == 0
-    whole, broken = (
-        torch.load(tmp_path / name / "checkpoint-4.pt", weights_only=True)["modules"]["unet"]
-        for name in ("whole", "broken")
-    )
-    assert all(torch.equal(weight, broken[name]) for name, weight in whole.items())
+def test_training_from_a_full_cache_loads_neither_vae_nor_text_encoder(assembled: Callable[..., Training], monkeypatch):
+    assembled()
+    training = assembled()
+    assert [training.components.loaded(name) for name in ("unet", "vae", "text_encoder")] == [True, False, False]
+    assert training.denoiser.text_encoder is None
+    trained = assembled("model.train_text_encoder=true")
+    assert [trained.components.loaded(name) for name in ("vae", "text_encoder")] == [False, True]
+
+
+def test_sample_grids_bring_the_encoders_back_for_as_long_as_they_draw(assembled: Callable[..., Training]):
+    training = assembled()
+    sampler = training.sampler(steps=2, guidance=2.0)
+    with training.evaluating():
+        assert len(sampler.draw(["a red circle"], 0, [0])) == 1
+    assert not training.components.loaded("vae")
+    assert not training.components.loaded("text_encoder")
+
+
+def test_a_change_encodes_exactly_what_it_must(config: Path, pictures: Path, capsys: pytest.CaptureFixture[str]):
+    def build(*overrides: str) -> list[int]:
+        assert main(["cache", "--config", str(config), *(("--set", *overrides) if overrides else ())]) == 0
+        return encoded(capsys)
+
+    assert build() == [21, 23], "21 pictures; the empty caption, 21 captions and one that they share"
+    assert build() == [0, 0]
+    paint(pictures / "4.png", 4, seed=1)
+    assert build() == [1, 0], "one picture changed"
+    rows = (pictures / "metadata.jsonl").read_text().replace("picture 7", "picture seven")
+    (pictures / "metadata.jsonl").write_text(rows)
+    assert build() == [0, 1], "one caption changed"
+    assert build("data.image_size=32") == [21, 0], "the resolution changed"
+    assert build("data.random_flip=true") == [21, 0], "the pictures as they are were kept; the flipped ones are new"
+    assert build("data.bucket_step_px=16") == [15, 0], "all but the six that stay square"
+    assert build("train.seed=8") == [21, 23], "the seed makes this model's encoders: other networks"
+    assert build("model.vae=builtin") == [21, 0], "the VAE changed"
+    assert build("model.clip_skip=1") == [0, 23], "the text encoder is used in another way"
+    assert build("cache.dtype=bf16") == [21, 23]
+    assert build() == [0, 0], "and all that was there stays"
+
+
+def test_a_flipped_bit_in_the_cache_is_found_where_it_is_read_and_mended_by_the_next_start(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["cache", "--config", str(config)]) == 0
+    for shard in (tmp_path / "cache").glob("latents-*/shard-*"):
+        data = bytearray(shard.read_bytes())
+        for row in range(map_tensors(shard).tensors["payload"].shape[0]):
+            data[-1 - 2 * 4 * 8 * 8 * 4 * row] ^= 4
+        shard.write_bytes(data)
+    assert main(["cache", "--config", str(config), "--verify"]) == 1
+    assert train(config, tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert "is not what was written" in said.err
+    for shard in (tmp_path / "cache").glob("latents-*/shard-*"):
+        shard.unlink()
+    assert train(config, tmp_path / "run", "--resume", "auto") == 0
+    assert encoded(capsys) == [21, 0]
+
+
+def test_a_cached_run_with_buckets_resumes_to_the_bit_and_agrees_with_one_that_encodes_on_the_fly(
+    config: Path, tmp_path: Path
+):
+    buckets = ("--set", *BUCKETS, *FLIPS, "data.center_crop=false", "cache.crops=2")
+    assert train(config, tmp_path / "whole", *buckets) == 0
+    assert train(config, tmp_path / "broken", *buckets, "train.max_steps=2") == 0
+    assert train(config, tmp_path / "broken", *buckets, "data.num_workers=2", "--resume", "auto") == 0
+    whole, broken = weights(tmp_path / "whole", 4), weights(tmp_path / "broken", 4)
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+    assert train(config, tmp_path / "kept", "--set", *BUCKETS) == 0
+    assert train(config, tmp_path / "online", "--set", *BUCKETS, "cache=null") == 0
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+
+
+def test_held_out_records_are_cached_too_and_give_the_loss_of_encoding_on_the_fly(config: Path, tmp_path: Path):
+    validation = ("--set", "data.validation_fraction=0.3", "validation={every_steps: 2, max_records: 3}", *BUCKETS)
+    found = []
+    for name, more in {"kept": (), "online": ("cache=null",)}.items():
+        assert train(config, tmp_path / name, *validation, *more) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([line["validation_loss"] for line in lines if "validation_loss" in line])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class TwoRanks:
+    """The collectives of two ranks that are two threads."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = [None, None]
+        self.meet = threading.Barrier(2)
+
+    def rank(self, number: int) -> Any:
+        def gather(item: Any) -> list[Any]:
+            self.meet.wait()
+            self.items[number] = item
+            self.meet.wait()
+            return list(self.items)
+
+        class Rank:
+            rank, world_size, is_main = number, 2, number == 0
+
+            def say(self, line: str) -> None: ...
+
+            def gather(self, item: Any) -> list[Any]:
+                return gather(item)
+
+            def from_main(self, action: Callable[[], Any]) -> Any:
+                return gather(action() if self.is_main else None)[0]
+
+        return Rank()
+
+
+def test_two_ranks_build_the_files_that_one_rank_builds_bit_for_bit(config: Path, tmp_path: Path, runtime: Runtime):
+    from trainer.training import Encoders, job_of
+
+    folders = {}
+    for ranks in (1, 2):
+        checked = preflight(load_config(config, [f"cache.dir={tmp_path}/{ranks}", "cache.crops=1"]), 0, 1)
+        cache, together = checked.config.cache, TwoRanks()
+        assert isinstance(cache, Disk)
+
+        def work(number: int, ranks: int = ranks, checked=checked, cache=cache, together=together) -> None:
+            components = checked.config.model.load(7)
+            encoders = Encoders(components, runtime.device, "fp32")
+            job = job_of(checked, checked.surveyed.call.roll, components, encoders, runtime.device)
+            cache.encode(job, True, together.rank(number) if ranks == 2 else runtime)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        folders[ranks] = {
+            str(path.relative_to(tmp_path / str(ranks))): path.read_bytes()
+            for path in sorted((tmp_path / str(ranks)).rglob("*"))
+            if path.is_file()
+        }
+    assert len(folders[1]) > 6
+    assert folders[1] == folders[2]
 
 
 @pytest.mark.parametrize(
-    ("setting", "where"), [("random_flip=true", "random_flip"), ("center_crop=false", "center_crop")]
+    ("overrides", "reason"),
+    [
+        (["data.center_crop=false"], "one random place for ever"),
+        (["cache.crops=2"], "there is one crop of a record"),
+        (["data.caption_shuffle_tags=true"], "every order of its tags"),
+        (["cache.kind=memory", "data.center_crop=false"], "one crop of a record, not a random one"),
+    ],
 )
-def test_what_a_cache_cannot_keep_is_refused_before_anything_slow(write_config, tmp_path, capsys, setting, where):
-    assert train(write_config(CONFIG), tmp_path / "run", "--set", f"data.{setting}") == 2
-    assert f"data.{where}" in capsys.readouterr().err
+def test_a_cache_that_could_not_give_what_the_config_asks_for_is_refused(
+    config: Path, tmp_path: Path, overrides: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+):
+    assert train(config, tmp_path / "run", "--set", *overrides) == 2
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_that_does_not_fit_in_memory_is_refused_before_it_is_built(write_config, tmp_path, capsys, monkeypatch):
+def test_a_cache_in_memory_that_would_not_fit_is_refused(config: Path, tmp_path: Path, monkeypatch, capsys):
     import psutil
 
-    free = psutil.virtual_memory()._replace(available=10_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert train(write_config(CONFIG), tmp_path / "run") == 2
-    assert "half of 0.01 MiB is free for it" in capsys.readouterr().err
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**16}))
+    assert train(config, tmp_path / "run", "--set", "cache.kind=memory") == 2
+    assert "MiB is free for it" in capsys.readouterr().err

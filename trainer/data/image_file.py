@@ -35,7 +35,7 @@ REPLACE = "replace the file or remove its line from the metadata"
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image:
-    """The picture in a file, as `decode` gives it; raises UserError as that does, and for a file that cannot be read."""
+    """The picture in a file, as `decode` gives it; raises UserError as that does, and for an unreadable file."""
     where = os.fspath(path)
     try:
         with open(path, "rb") as file:

@@ -111,7 +111,7 @@ def call_roll(source: Source, records: Records, sizes: ndarray | None, bad: Sequ
         codes[index] = LEFT_OUT
     if source.validation_fraction:
         for index in range(len(records)):
-            if codes[index] != LEFT_OUT and _unit_hash(records[index].key) < source.validation_fraction:
+            if codes[index] != LEFT_OUT and _unit_hash(records.held_out_by(index)) < source.validation_fraction:
                 codes[index] = HELD_OUT
     roll = Roll(len(records), codes, buckets)
     if not roll.trained:
