@@ -135,7 +135,7 @@ class Theirs:
     all epochs, which is kind to it: the script starts them anew for each.
     """
 
-    def __init__(self, pictures: Path, case: Case, batch: int, tokenizer: Any):
+    def __init__(self, pictures: Path, case: Case, batch: int, tokenizer: Any, center: bool = False):
         from datasets import load_dataset
 
         found = load_dataset("imagefolder", data_files={"train": str(pictures / "**")})["train"]  # pyright: ignore
@@ -143,7 +143,7 @@ class Theirs:
 
         def preprocess(examples: dict[str, list[Any]]) -> dict[str, Any]:
             images = [image.convert("RGB") for image in examples["image"]]
-            examples["pixel_values"] = [diffusers_transform(image, size) for image in images]
+            examples["pixel_values"] = [diffusers_transform(image, size, center) for image in images]
             examples["input_ids"] = tokenizer(
                 examples["text"],
                 max_length=tokenizer.model_max_length,
@@ -170,8 +170,11 @@ class Theirs:
         )
 
 
-def diffusers_transform(image: Any, size: int) -> Tensor:
-    """torchvision's Resize(size), RandomCrop(size), RandomHorizontalFlip(), ToTensor(), Normalize([0.5], [0.5])."""
+def diffusers_transform(image: Any, size: int, center: bool = False) -> Tensor:
+    """torchvision's Resize(size), RandomCrop(size), RandomHorizontalFlip(), ToTensor(), Normalize([0.5], [0.5]).
+
+    With `center` it crops the centre and does not flip.
+    """
     import numpy as np
     from PIL import Image
 
@@ -179,9 +182,12 @@ def diffusers_transform(image: Any, size: int) -> Tensor:
     if min(width, height) != size:
         wide, high = (size, size * height // width) if width < height else (size * width // height, size)
         image = image.resize((wide, high), Image.Resampling.LANCZOS)
-    left, top = (int(torch.randint(0, side - size + 1, (1,))) for side in image.size)
+    if center:
+        left, top = ((side - size) // 2 for side in image.size)
+    else:
+        left, top = (int(torch.randint(0, side - size + 1, (1,))) for side in image.size)
     image = image.crop((left, top, left + size, top + size))
-    if torch.rand(1) < 0.5:
+    if not center and torch.rand(1) < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
     return pixels.clone().sub_(0.5).div_(0.5)

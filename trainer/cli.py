@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model",
     "validate": "check a config and write the three reproducibility files, without training",
     "cache": "encode the pictures and captions of a config once, for runs to train from",
+    "audit": "read every record and report each defect, duplicate and cut caption",
     "stop": "ask a running job to finish its step, save and end",
     "save": "ask a running job for a checkpoint now",
     "verify": "re-hash a run's checkpoints, data and model against its manifest",

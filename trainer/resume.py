@@ -22,6 +22,7 @@ FREE = (
     "train.log_every",
     "train.collective_timeout_seconds",
     "data.num_workers",
+    "cache.dir",
     "checkpoint",
     "validation",
     "tracking",

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import finish
 
-from tests.text2image.runs import finish
 from trainer.config_file import load_config
 from trainer.data.loader import digest
 from trainer.data.plan import BucketPlan
