@@ -1,4 +1,4 @@
-"""End to end: steps a second of `difftrain train` over those of diffusers' train_text_to_image.py, model and data alike.
+"""End to end: the speed of `difftrain train` over that of diffusers' train_text_to_image.py, model and pictures alike.
 
 Claim: from a cache that is filled already a step takes 1/1.8 of the script's time or less. Every run is a process of
 its own, in shuffled rounds; a step's time is the slope between a short and a long run, so that start-up and the last
@@ -10,9 +10,11 @@ save cancel out. The script's second row is the control. How to read the result:
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,9 +29,10 @@ from loading import make_pictures, own_caches
 from startup import DIFFTRAIN, environment
 
 NAMES = ("script", "script again", "difftrain", "difftrain, cache")
+CLOCKS = ("wall", "cpu")
 LR = 1e-4
 
-# A complete config: what the script has as its defaults, with EMA. `centre` is center_crop in both.
+# A complete config: what the script does with its defaults, EMA and --center_crop.
 CONFIG = """
 model: {{kind: tiny, vae: {vae}}}
 data: {{kind: imagefolder, data_root: {pictures}, image_size: {size}, num_workers: {workers}, center_crop: true}}
@@ -43,7 +46,7 @@ checkpoint: {{every_steps: 1000000}}
 
 
 def script(pictures: Path, output: Path, steps: int, args: argparse.Namespace) -> None:
-    """What diffusers' examples/text_to_image/train_text_to_image.py does with `--use_ema` and else its defaults.
+    """What diffusers' examples/text_to_image/train_text_to_image.py does with `--use_ema --center_crop`.
 
     Written from knowledge of that script, in its order and with its waits: VAE and text encoder at every step, DDPM
     noise, `torch.optim.AdamW` as it comes, EMAModel as it comes, a learning-rate scheduler, the progress bar, and the
@@ -73,9 +76,7 @@ def script(pictures: Path, output: Path, steps: int, args: argparse.Namespace) -
     copy: Any = UNet2DConditionModel.from_config(unet.config)
     copy.load_state_dict(unet.state_dict())
     ema = EMAModel(copy.parameters(), model_cls=UNet2DConditionModel, model_config=copy.config)
-    optimizer: Any = torch.optim.AdamW(
-        unet.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8
-    )
+    optimizer: Any = torch.optim.AdamW(unet.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     case = Case(0, 0, args.image_size)
     loader: Any = Theirs(pictures, case, args.batch, components.tokenizer, center=True).loader(args.workers)
     lr_scheduler: Any = get_scheduler("constant", optimizer, num_warmup_steps=500, num_training_steps=steps)
@@ -115,15 +116,16 @@ def script(pictures: Path, output: Path, steps: int, args: argparse.Namespace) -
     accelerator.end_training()
 
 
-def run(command: Sequence[str], threads: int) -> float:
-    """Wall seconds of a process; raises if it fails."""
-    began = time.perf_counter()
+def run(command: Sequence[str], threads: int) -> dict[str, float]:
+    """Seconds of a process: on the wall, and of any core by it and its workers; raises if it fails."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         command, env=environment() | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
     )
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return time.perf_counter() - began
+    return {"wall": wall, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def command_of(name: str, steps: int, args: argparse.Namespace, folder: Path, output: Path) -> list[str]:
@@ -137,8 +139,8 @@ def command_of(name: str, steps: int, args: argparse.Namespace, folder: Path, ou
     return [*DIFFTRAIN, "train", *config, "--set", f"train.max_steps={steps}", *cache]
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """Milliseconds of a step of each, round by round, in shuffled order."""
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """By clock: milliseconds of a step of each, round by round, in shuffled order."""
     make_pictures(folder / "pictures", args.pictures, args.picture_size, args.picture_size)
     text = CONFIG.format(
         vae=args.vae,
@@ -149,19 +151,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         lr=LR,
     )
     (folder / "run.yaml").write_text(text, encoding="utf-8")
-    for name in NAMES:  # the cache filled, the pictures looked at, the data set prepared
+    for name in ("script", "difftrain, cache"):  # the data set prepared, the pictures looked at, the cache filled
         run(command_of(name, 1, args, folder, folder / f"first {name}"), args.threads)
-    slopes: dict[str, list[float]] = {name: [] for name in NAMES}
+    slopes: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in NAMES} for clock in CLOCKS}
     generator = random.Random(0)
     for number in range(args.rounds):
-        seconds: dict[tuple[str, int], float] = {}
+        seconds: dict[tuple[str, int], dict[str, float]] = {}
         turns = [(name, steps) for name in NAMES for steps in args.steps]
         for name, steps in generator.sample(turns, len(turns)):
             output = folder / f"{number} {name} {steps}"
             seconds[name, steps] = run(command_of(name, steps, args, folder, output), args.threads)
         short, long = args.steps
-        for name in NAMES:
-            slopes[name].append(1000 * (seconds[name, long] - seconds[name, short]) / (long - short))
+        for clock, name in itertools.product(CLOCKS, NAMES):
+            spent = seconds[name, long][clock] - seconds[name, short][clock]
+            slopes[clock][name].append(1000 * spent / (long - short))
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
     return slopes
 
@@ -181,9 +184,9 @@ def compare(slopes: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of runs of each (default 7)")
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of runs of each (default 4)")
     parser.add_argument("--steps", type=int, nargs=2, default=[20, 120], help="of both runs (default 20 120)")
-    parser.add_argument("--pictures", type=int, default=512, help="of the folder (default 512)")
+    parser.add_argument("--pictures", type=int, default=1024, help="of the folder (default 1024)")
     parser.add_argument("--picture-size", type=int, default=96, help="their sides, pixels (default 96)")
     parser.add_argument("--image-size", type=int, default=64, help="of a sample, pixels (default 64)")
     parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
@@ -201,18 +204,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = os.getloadavg()
     with tempfile.TemporaryDirectory() as name, own_caches(Path(name)):
         slopes = measure(args, Path(name))
-    rows = compare(slopes)
-    print(f"{'':20}{'ms/step':>9}{'speed':>8}   lowest to highest round")
-    for name, row in rows.items():
-        low, high = min(row["speeds"]), max(row["speeds"])
-        print(f"{name:20}{row['step_milliseconds']:9.1f}{row['speed']:8.3f}   {low:.3f} to {high:.3f}")
+    clocks = {clock: compare(of_clock) for clock, of_clock in slopes.items()}
+    for clock, rows in clocks.items():
+        print(f"{clock + ' clock':20}{'ms/step':>9}{'speed':>8}   lowest to highest round")
+        for name, row in rows.items():
+            low, high = min(row["speeds"]), max(row["speeds"])
+            print(f"{name:20}{row['step_milliseconds']:9.1f}{row['speed']:8.3f}   {low:.3f} to {high:.3f}")
+        print()
     size = {name: value for name, value in vars(args).items() if name not in ("json", "child")}
     step_of = f"tiny model, VAE {args.vae}, {args.picture_size} px JPEGs to {args.image_size} px, batch {args.batch}"
     of = f"medians of {args.rounds} rounds, slopes from {args.steps[0]} to {args.steps[1]} steps"
-    print(f"\n{of}; {step_of}, {args.workers} worker, {args.threads} thread")
+    print(f"{of}; {step_of}, {args.workers} worker, {args.threads} thread")
     print(f"load      {before[0]:.1f} at the start, {os.getloadavg()[0]:.1f} at the end", end="")
     loads = {"load_at_start": before, "load_at_end": os.getloadavg()}
-    conclude({**size, **loads, "slopes": slopes, "rows": rows}, arguments, args.json)
+    conclude({**size, **loads, "slopes": slopes, "clocks": clocks}, arguments, args.json)
     return 0
 
 

@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ class Theirs:
     def __init__(self, pictures: Path, case: Case, batch: int, tokenizer: Any, center: bool = False):
         from datasets import load_dataset
 
-        found = load_dataset("imagefolder", data_files={"train": str(pictures / "**")})["train"]  # pyright: ignore
+        found = load_dataset("imagefolder", data_files={"train": str(pictures / "**")})["train"]
         size = case.image_size
 
         def preprocess(examples: dict[str, list[Any]]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Theirs:
             ).input_ids
             return examples
 
-        self.dataset, self.batch = found.with_transform(preprocess), batch  # pyright: ignore
+        self.dataset, self.batch = found.with_transform(preprocess), batch
 
     def batches(self, workers: int) -> Iterator[Any]:
         return iter(self.loader(workers, 1_000_000 * self.batch))
@@ -251,14 +251,16 @@ class Bare:
 
 def rate_of(batches: Iterator[Any], batch: int, images: int, warm_up: int) -> float:
     """Pictures a second from after `warm_up` batches on; the loader has more to do than is asked of it."""
-    with closing(batches) if hasattr(batches, "close") else contextmanager(lambda: iter([None]))():  # pyright: ignore
-        for _ in range(warm_up):
-            next(batches)
-        count = -(-images // batch)
-        began = time.perf_counter()
-        for _ in range(count):
-            next(batches)
-        return count * batch / (time.perf_counter() - began)
+    for _ in range(warm_up):
+        next(batches)
+    count = -(-images // batch)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    seconds = time.perf_counter() - began
+    if isinstance(batches, Generator):
+        batches.close()  # PyTorch's own iterator ends its workers when it goes
+    return count * batch / seconds
 
 
 def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[int, dict[str, list[float]]]:
@@ -270,16 +272,19 @@ def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[int, dic
         bare, ours = Bare(pictures, case), Ours(pictures, case, args.batch)
         theirs = Theirs(pictures, case, args.batch, ours.training.components.tokenizer)
 
+    images = args.images * max(1, min(8, 10**6 // (case.width * case.height)))  # small ones are quick
+
     def turn(way: str, workers: int) -> float:
         if way.startswith("bare"):
-            return bare.rate(workers, args.images)
+            return bare.rate(workers, images)
         loader = ours if way == "difftrain" else theirs
-        return rate_of(loader.batches(workers), args.batch, args.images, warm_up=1 + 3 * workers)
+        return rate_of(loader.batches(workers), args.batch, images, warm_up=1 + 3 * workers)
 
     rates = {workers: {way: list[float]() for way in WAYS} for workers in args.workers}
+    turns: list[tuple[int, str]] = list(itertools.product(args.workers, WAYS))
     generator = random.Random(0)
     for number in range(args.rounds):
-        for workers, way in generator.sample(list(itertools.product(args.workers, WAYS)), len(args.workers) * len(WAYS)):
+        for workers, way in generator.sample(turns, len(turns)):
             rates[workers][way].append(turn(way, workers))
         print(f"{case}: round {number + 1} of {args.rounds}", file=sys.stderr)
     return rates
@@ -334,11 +339,9 @@ def read_index(records: int, folder: Path) -> dict[str, float]:
     the process holds for itself.
     """
     import psutil
-    import pyarrow as pa
     from scale import memory
 
     _index_of(10, folder)  # what the first use imports
-    assert pa.schema([]) is not None
     began = time.perf_counter()
     opened = _index_of(records, folder)
     seconds = time.perf_counter() - began
@@ -400,8 +403,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cases", nargs="+", type=_case, default=cases, metavar="WxH:S", help="default 1152x896:512 256x256:256"
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each way (default 9; 0: none)")
-    parser.add_argument("--images", type=int, default=128, help="pictures of a turn (default 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5; 0: none)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=128,
+        help="large pictures of a turn, up to 8 times as many small ones (default 128)",
+    )
     parser.add_argument("--pictures", type=int, default=64, help="different pictures (default 64)")
     parser.add_argument("--batch", type=int, default=8, help="pictures of a batch (default 8)")
     number = {"type": lambda text: int(float(text)), "metavar": "N"}
@@ -419,10 +427,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["loading"][str(case)] = of_workers
             print_rates(str(case), of_workers)
         if args.rounds:
-            of = f"medians of {args.rounds} rounds of {args.images} pictures out of {args.pictures}"
+            of = f"medians of {args.rounds} rounds of {args.images} large or more small pictures out of {args.pictures}"
             print(f"{of}, batches of {args.batch}; one thread a process; files in the page cache\n")
         if args.index_records:
-            print(f"{'records of an index':>20}{'disk B':>9}{'open, ms':>10}{'USS B':>8}{'own B':>8}{'records[i], us':>16}")
+            heads = f"{'disk B':>9}{'open, ms':>10}{'USS B':>8}{'own B':>8}{'records[i], us':>16}"
+            print(f"{'records of an index':>20}{heads}")
         for records in args.index_records:
             row = result["index"][records] = measure_index(records, Path(name))
             print(
@@ -431,7 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     result["load_at_end"] = os.getloadavg()
-    print(f"\nload      {result['load_at_start'][0]:.1f} at the start, {result['load_at_end'][0]:.1f} at the end", end="")
+    before, after = result["load_at_start"][0], result["load_at_end"][0]
+    print(f"\nload      {before:.1f} at the start, {after:.1f} at the end", end="")
     conclude(result, arguments, args.json)
     return 0
 

@@ -92,3 +92,58 @@ def test_exactness_compares_modes_and_draws(tmp_path):
     assert {"noise 4x64x64", "posterior 4x8x8", "time", "caption"} <= set(result["draw_microseconds"])
     assert all(microseconds > 0 for microseconds in result["draw_microseconds"].values())
     assert result["draws_of_a_step"]["share"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_loading_compares_the_loader_with_a_bare_loop_and_reads_an_index(tmp_path):
+    smallest = ["--cases", "96x64:32", "--rounds", "1", "--images", "2", "--pictures", "4", "--batch", "2"]
+    result = benchmark(
+        "loading.py", tmp_path / "loading.json", *smallest, "--workers", "0", "1", "--index-records", "200"
+    )
+    of_workers = result["loading"]["96x64 to 32"]
+    assert set(of_workers) == {"0", "1"}
+    for rows in of_workers.values():
+        assert set(rows) == {"bare", "bare again", "difftrain", "datasets + DataLoader"}
+        assert rows["bare"]["ratios"] == [1.0]
+        assert all(row["images_per_second"] > 0 and row["ratio"] > 0 for row in rows.values())
+    index = result["index"]["200"]
+    assert index["disk_bytes_a_record"] > 19 + 60  # its key and its caption
+    assert index["open_milliseconds"] > 0
+    assert index["record_microseconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_caching_times_a_build_a_start_without_news_and_the_wait_of_a_step(tmp_path):
+    smallest = ["--rounds", "1", "--pictures", "8", "--picture-size", "40", "--image-size", "32", "--steps", "2"]
+    result = benchmark("caching.py", tmp_path / "caching.json", *smallest, "--vaes", "8-8", "--train-workers", "0")
+    row = result["vae"]["8-8"]
+    assert set(row["speed"]) == {"bare again", "build", "looks and build"}
+    assert row["speed"]["build"][0] > row["speed"]["looks and build"][0] > 0
+    assert set(row["rebuild"]) == {"encode", "looks and encode"}
+    assert row["seconds"]["first"]["encode"] > 0
+    wait = row["training"]["0"]
+    assert 0 < wait["wait"] < 1
+    assert wait["loader_samples_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_end_to_end_compares_with_the_script_of_diffusers(tmp_path):
+    smallest = ["--rounds", "1", "--steps", "1", "9", "--pictures", "16", "--picture-size", "40", "--image-size", "32"]
+    result = benchmark("end_to_end.py", tmp_path / "end.json", *smallest, "--batch", "2", "--vae", "random")
+    assert set(result["clocks"]) == {"wall", "cpu"}
+    for clock, rows in result["clocks"].items():
+        assert set(rows) == {"script", "script again", "difftrain", "difftrain, cache"}
+        assert rows["script"]["speeds"] == [1.0]
+        assert all(len(slopes) == 1 for slopes in result["slopes"][clock].values())
+
+
+@pytest.mark.slow
+def test_scale_measures_every_kind_of_plan(tmp_path):
+    result = benchmark("scale.py", tmp_path / "scale.json", "--records", "1e4", "--slots", "200")
+    rows = {row["plan"]: row for row in result["rows"]}
+    assert set(rows) == {"range", "listed", "codes", "buckets", "mapped"}
+    assert all(row["records"] == 10_000 and row["record_microseconds"] > 0 for row in rows.values())
+    assert all(row["epoch_start_microseconds"] > 0 for row in rows.values())

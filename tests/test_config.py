@@ -55,6 +55,41 @@ def test_a_key_of_another_kind_is_refused_where_it_stands_beside_its_kind(write_
     assert f"{path}:2 data.num_images: unknown key" in refusal(path)
 
 
+INNER = "data: {kind: mix, image_size: 32, sources: "
+NESTED = {
+    "in a source": (
+        "[{source: {kind: imagefolder, data_root: x, max_pixel: 5}}]",
+        ["0.source.max_pixel: unknown key; did you mean `max_pixels`?"],
+    ),
+    "in place of a required one": (
+        "[{source: {kind: imagefolder, data_rot: x}}]",
+        ["0.source.data_root: required, but missing", "0.source.data_rot: unknown key; did you mean `data_root`?"],
+    ),
+    "beside a source": ("[{source: {kind: shapes}, repeat: 2}]", ["0.repeat: unknown key; did you mean `repeats`?"]),
+    "like none": (
+        "[{source: {kind: shapes}}, {source: {kind: imagefolder, data_root: x, xyzzy: 1}}]",
+        ["1.source.xyzzy: unknown key; known are kind, data_root, caption_column, image_column, max_pixels"],
+    ),
+    "in a mix in a mix": (
+        "[{source: {kind: mix, sources: [{source: {kind: shapes, num_image: 9}}]}}]",
+        ["0.source.sources.0.source.num_image: unknown key; did you mean `num_images`?"],
+    ),
+    "a kind": ("[{source: {kind: shaps}}]", ["0.source: unknown kind 'shaps'; did you mean `shapes`?"]),
+    "none at all": ("[]", ["tuple should have at least 1 item"]),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_a_fault_in_a_source_of_a_mix_is_told_with_what_that_source_knows_and_nothing_else(
+    case: str, write_config: Write
+):
+    sources, faults = NESTED[case]
+    lines = [f"{INNER}{sources}}}" if line.startswith("data:") else line for line in COMPLETE.splitlines()]
+    message = refusal(write_config("\n".join(lines)))
+    assert message.count("data.sources") == len(faults)
+    assert all(fault in message for fault in faults), message
+
+
 def test_lines_are_right_in_block_style_too(write_config: Write):
     path = write_config(changed(("lr: {kind: constant, peak: 1e-4, warmup_steps: 0}", "lr:\n  # why\n  peak: -1")))
     assert f"{path}:7 lr.peak: input should be greater than 0" in refusal(path)

@@ -97,8 +97,8 @@ class Network:
         self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
         self.latents = torch.empty(0, 3, 8, 8)
 
-    def latent_shape(self, vae: Any, image_size: int) -> tuple[int, int, int]:
-        return 3, image_size, image_size
+    def latent_shape(self, vae_config: Any, width: int, height: int) -> tuple[int, int, int]:
+        return 3, height, width
 
     def tokenize(self, tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
         return torch.tensor([[[len(caption)]] for caption in captions]), 0
@@ -117,7 +117,8 @@ class Network:
 
 
 def draw(network: Network, of: Objective, steps: int, prompts: Sequence[str] = ("a",), guidance: float = 1.0) -> Any:
-    components = SimpleNamespace(unet=SimpleNamespace(device=CPU), vae=None, tokenizer=None, text_encoder=None)
+    unloaded = dict.fromkeys(("vae", "vae_config", "tokenizer", "text_encoder"))
+    components = SimpleNamespace(unet=SimpleNamespace(device=CPU), **unloaded)
     sampler = Sampler(network, components, of, network, 8, steps, guidance)  # pyright: ignore[reportArgumentType]
     return sampler.draw(prompts, 0, range(len(prompts)))
 

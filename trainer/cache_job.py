@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.encoder_cache.disk import Disk
 from trainer.errors import UserError
-from trainer.preflight import Preflight
+from trainer.preflight import Preflight, surveyed
 from trainer.runtime import Runtime
 from trainer.training import Encoders, encoded
 
@@ -19,9 +19,10 @@ def fill(checked: Preflight) -> None:
     train = config.train
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     try:
-        for line in checked.equations() if runtime.is_main else ():
+        checked = surveyed(checked, runtime)
+        for line in checked.data_lines() if runtime.is_main else ():
             runtime.say(line)
-        roll = runtime.from_main(lambda: checked.surveyed.call.roll)
+        roll = runtime.from_main(lambda: checked.seen.call.roll)
         components = config.model.load(train.seed)
         encoders = Encoders(components, runtime.device, config.model.vae_precision)
         encoded(checked, cache, roll, components, encoders, runtime)

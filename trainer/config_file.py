@@ -162,11 +162,18 @@ def _describe(error: ValidationError, values: dict[str, Any], places: dict[Loc, 
     """One line per fault: place, dotted key, what is wrong, what was probably meant."""
     faults = [
         f"{_place(places, _stands(fault), path)} {'.'.join(map(str, fault['loc']))}: {_explain(fault, values)}"
-        for fault in error.errors()
+        for fault in _own_faults(error)
     ]
     if len(faults) == 1:
         return f"config: {faults[0]}"
     return "\n  ".join([f"config: {len(faults)} faults", *faults])
+
+
+def _own_faults(error: ValidationError) -> list[Any]:
+    """The faults, without those of lists that are too short only because a faulty item does not count."""
+    faults = error.errors()
+    above = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+    return [fault for fault in faults if fault["type"] != "too_short" or fault["loc"] not in above]
 
 
 def _stands(fault: Any) -> Loc:
@@ -212,9 +219,41 @@ def _keys(parents: Sequence[str | int], values: dict[str, Any]) -> list[str]:
     section = str(parents[0])
     part = _part(section, values)
     if part is not None:
-        return ["kind", *part.model_fields]
+        return _keys_below(part, values[section], parents[1:]) or ["kind", *part.model_fields]
     field = Config.model_fields.get(section)
     for option in getattr(field.annotation, "__args__", [field.annotation]) if field else []:
         if isinstance(option, type) and issubclass(option, BaseModel):
             return list(option.model_fields)
     return []
+
+
+def _keys_below(part: type[Part], node: Any, parents: Sequence[str | int]) -> list[str]:
+    """The keys that may stand below `parents` in a part; none if it is no section that is known.
+
+    A section in a section that names a kind is of the outer one's family, and has not the keys that all kinds have.
+    """
+    known: type[BaseModel] = part
+    keys: list[str] = []
+    for parent in parents:
+        try:
+            node = node[parent]
+        except (LookupError, TypeError):
+            return []
+        if isinstance(parent, int):  # an item of a list, whose class the list's field has named
+            continue
+        field = known.model_fields.get(parent)
+        kind = part.family.kinds().get(str(node.get("kind"))) if isinstance(node, dict) else None
+        inner = [each for each in _classes(field.annotation if field else None) if issubclass(each, BaseModel)]
+        if inner:
+            known, keys = inner[0], list(inner[0].model_fields)
+        elif kind is not None:
+            known = kind
+            keys = ["kind", *(key for key in kind.model_fields if key not in part.family.model_fields)]
+    return keys
+
+
+def _classes(annotation: Any) -> list[type]:
+    """The classes that an annotation names, such as A and B of `tuple[A, ...] | B`."""
+    if args := get_args(annotation):
+        return [each for arg in args for each in _classes(arg)]
+    return [annotation] if isinstance(annotation, type) else []

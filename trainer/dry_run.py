@@ -8,7 +8,7 @@ import torch
 
 from trainer.failure import caused_by, explained
 from trainer.launch import describe
-from trainer.preflight import Preflight
+from trainer.preflight import Preflight, surveyed
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
 from trainer.step import train_step
@@ -22,9 +22,10 @@ def dry_run(checked: Preflight) -> None:
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     say = runtime.say
     try:
+        checked = surveyed(checked, runtime)
         for line in checked.equations() if runtime.is_main else ():
             say(line)
-        training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None)
+        training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None, first_step_only=True)
         for line in describe(training)[:-1]:
             say(line)
         say("dry run: one step")

@@ -21,7 +21,7 @@ from trainer.failure import as_status, caused_by, crashed, explained
 from trainer.files import open_atomic, write_atomic, write_json
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
-from trainer.preflight import Preflight
+from trainer.preflight import Preflight, surveyed
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
 from trainer.run.lock import RunLock
 from trainer.run.manifest import read_manifest, record_end
@@ -43,6 +43,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
     control, lock = Control(run_dir if runtime.is_main else None), RunLock(run_dir.path)
     may_hang, step = False, 0
     try:
+        checked = surveyed(checked, runtime)
         seen, start = runtime.from_main(
             lambda: (run_dir.checkpoint_steps(), _start(checked, run_dir, lock, resume, allowed, runtime.say))
         )

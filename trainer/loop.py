@@ -133,7 +133,7 @@ class PendingMetrics:
         """Raise UserError, on all ranks, if more records are left out or replaced than the data's policy allows."""
         training = self.training
         data, total = training.config.data, len(training.samples.records)
-        count = training.left_out + len(self.unreadable)
+        count = training.unreadable + len(self.unreadable)
         if self.unreadable and count > data.max_bad_fraction * total:
             raise UserError(
                 f"{count:,} of {total:,} records cannot be read, more than data.max_bad_fraction = "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,12 @@ from trainer.run.provenance import git_facts, module_hashes
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from trainer.runtime import Runtime
+
 MOST_BUCKETS = 12  # that the start names
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
     """What rank 0 saw of the data: every picture was looked at, by this start or an earlier one."""
 
@@ -35,6 +38,12 @@ class Survey:
     contents: Digests | None  # sha256 of each picture; None of more than MOST_LISTED that no cache needs
     sizes: ndarray | None  # [N, 2] uint32: width and height of each picture; None if nothing needs them
     call: RollCall
+
+    def forget_what_is_done_with(self) -> None:
+        """Before the first step: keep of each record one byte, or, where the run lists them, what it lists."""
+        self.sizes = None
+        if self.call.roll.records > MOST_LISTED:
+            self.contents = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Preflight:
     records: Records
     topology: Topology
     provenance: Provenance
-    survey: Survey | None  # None on other ranks than 0
+    survey: Survey | None  # None on other ranks than 0, and, of several ranks, before `surveyed`
 
     @property
     def config(self) -> Config:
@@ -53,7 +62,7 @@ class Preflight:
         return self.loaded.config
 
     @property
-    def surveyed(self) -> Survey:
+    def seen(self) -> Survey:
         """What rank 0 knows, on rank 0."""
         assert self.survey is not None, "rank 0 alone looked at the data"
         return self.survey
@@ -65,28 +74,34 @@ class Preflight:
 
     def equations(self) -> list[str]:
         """Every derived number of the run, as a user can check it. Rank 0 alone can tell."""
-        train, data, deal = self.config.train, self.config.data, self.topology
-        roll, left_out, without_caption = self.surveyed.call
+        train, deal, roll = self.config.train, self.topology, self.seen.call.roll
         images, epoch = train.max_steps * train.global_batch_size, roll.trained
         ranks = f"{deal.world_size} rank{'s' * (deal.world_size > 1)}"
         steps, batch, again = train.max_steps, deal.global_batch, deal.global_batch / epoch
-        left = f" + {len(left_out):,} left out" if left_out else ""
         runs_on = epoch % batch and not roll.buckets
         return [
-            *([f"note   {without_caption:,} of {len(self.records):,} records have no caption"] * bool(without_caption)),
-            *([f"note   the first record left out: {left_out[0].reason}"] if left_out else []),
-            f"data   {len(self.records)} records = {epoch} to train on + {len(roll.held_out)} held out{left} "
-            f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
-            *self.records.notes(),
-            *self._buckets(),
+            *self.data_lines(),
             f"batch  {_images(batch)} = {_images(deal.micro_batch)} x {ranks} x {deal.accumulation} accumulation",
             f"run    {steps} steps x {_images(batch)} = {_images(images)} = {images / epoch:.4g} epochs"
             f"{'; batches run on from one epoch into the next: every record counts' if runs_on else ''}",
             *([f"note   {_images(batch)} / {epoch} records = {again:.3g} reads of each per step"] if again > 1 else []),
         ]
 
+    def data_lines(self) -> list[str]:
+        """Of these, what concerns the data alone."""
+        data, (roll, left_out, without_caption) = self.config.data, self.seen.call
+        left = f" + {len(left_out):,} left out" if left_out else ""
+        return [
+            *([f"note   {without_caption:,} of {len(self.records):,} records have no caption"] * bool(without_caption)),
+            *([f"note   the first record left out: {left_out[0].reason}"] if left_out else []),
+            f"data   {len(self.records)} records = {roll.trained} to train on + {len(roll.held_out)} held out{left} "
+            f"({data.kind}, fingerprint {self.data_fingerprint[:12]})",
+            *self.records.notes(),
+            *self._buckets(),
+        ]
+
     def _buckets(self) -> list[str]:
-        plan = self.surveyed.call.roll.plan(self.config.data, self.topology.global_batch, self.config.train.seed)
+        plan = self.seen.call.roll.plan(self.config.data, self.topology.global_batch, self.config.train.seed)
         if not isinstance(plan, BucketPlan):
             return []
         rows = plan.table()
@@ -125,10 +140,10 @@ class Preflight:
                 "kind": self.config.data.kind,
                 **self.records.provenance(),
                 "records": len(self.records),
-                "training": self.surveyed.call.roll.trained,
-                "held_out": len(self.surveyed.call.roll.held_out),
-                "left_out": len(self.surveyed.call.left_out),
-                "without_caption": self.surveyed.call.without_caption,
+                "training": self.seen.call.roll.trained,
+                "held_out": len(self.seen.call.roll.held_out),
+                "left_out": len(self.seen.call.left_out),
+                "without_caption": self.seen.call.without_caption,
                 "fingerprint": self.data_fingerprint,
                 "fingerprint_format": FINGERPRINT_FORMAT,
             },
@@ -141,14 +156,16 @@ class Preflight:
         return leaves(self.records, self.survey.contents)
 
 
-def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
+def preflight(loaded: LoadedConfig, rank: int, world_size: int, for_steps: bool = True) -> Preflight:
     """The checked run; raises UserError for data, model files or batch sizes that cannot work.
 
-    Rank 0 looks at every picture that no earlier start has, and says so if it takes long.
+    A single process looks at every picture that no earlier start has, and says so if it takes long. Of several, rank 0
+    does so in `surveyed`, once the others can wait for it. Without `for_steps` the batch need not divide into ranks.
     """
     config = loaded.config
     try:
-        topology = deal(config.train.global_batch_size, config.train.micro_batch_size, rank, world_size)
+        shape = (rank, world_size) if for_steps else (0, 1)
+        topology = deal(config.train.global_batch_size, config.train.micro_batch_size if for_steps else None, *shape)
     except ValueError as error:
         raise UserError(f"config: {error}", loaded.where("train.global_batch_size")) from None
     config.model.check()
@@ -156,20 +173,32 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int) -> Preflight:
         config.cache.check(config.data, config.model.train_text_encoder)
     for hook in config.hooks:
         hook.check(config)
-    records = config.data.open()
-    provenance = config.model.provenance()
-    survey = None
-    if rank == 0:
-        survey = survey_of(config.data, records, keep_contents=config.cache is not None)
-    checked = Preflight(loaded, records, topology, provenance, survey)
-    if survey is not None:
-        survey.call.roll.plan(config.data, topology.global_batch, config.train.seed)  # refuses one without a batch
-    return checked
+    checked = Preflight(loaded, config.data.open(), topology, config.model.provenance(), None)
+    return replace(checked, survey=_survey(checked)) if world_size == 1 else checked
+
+
+def surveyed(checked: Preflight, runtime: Runtime) -> Preflight:
+    """The same, with what rank 0 saw of the data: on that rank. Every rank calls it; the others wait.
+
+    Raises UserError, on all ranks, with every record that the policies of the data do not allow.
+    """
+    if runtime.world_size == 1:
+        return checked
+    seen: list[Survey] = []
+    runtime.from_main(lambda: seen.append(_survey(checked)))
+    return replace(checked, survey=seen[0] if seen else None)
+
+
+def _survey(checked: Preflight) -> Survey:
+    config = checked.config
+    survey = survey_of(config.data, checked.records, keep_contents=config.cache is not None)
+    survey.call.roll.plan(config.data, checked.topology.global_batch, config.train.seed)  # refuses one without a batch
+    return survey
 
 
 def survey_of(source: Source, records: Records, keep_contents: bool) -> Survey:
     """One look at every record; raises UserError with all those that the policies of `source` do not allow."""
-    few, needs_sizes = len(records) <= MOST_LISTED, keep_contents or source.bucket_step_px is not None
+    needs_sizes = keep_contents or source.bucket_step_px is not None
     sizes, bad = array("I"), list[LeftOut]()
 
     def contents() -> Iterator[str]:
@@ -180,8 +209,13 @@ def survey_of(source: Source, records: Records, keep_contents: bool) -> Survey:
                 sizes.extend((look.width, look.height))
             yield look.content
 
-    kept = Digests(contents()) if few or needs_sizes else None
-    fingerprint = records.fingerprint(contents() if kept is None else kept)
+    if keep_contents or len(records) <= MOST_LISTED:
+        kept = Digests(contents())
+        fingerprint = records.fingerprint(kept)
+    else:
+        kept, seen = None, contents()
+        fingerprint = records.fingerprint(seen)
+        deque(seen, maxlen=0)  # the fingerprint of drawn records looks at none of them
     both = None
     if needs_sizes:
         import numpy as np

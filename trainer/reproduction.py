@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from trainer.comparison import line_differences, pairs
 from trainer.data.fingerprint import FINGERPRINT_FORMAT
 from trainer.hook import Hook, MainHook, RunView
-from trainer.preflight import Preflight
+from trainer.preflight import Preflight, surveyed
 from trainer.repetition import Recorded, Say, advance, assembled, recorded, runtime_of
 from trainer.resume import refuse_second_run
 from trainer.run.environment import snapshot
@@ -95,6 +95,7 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
         why = "other ranks, threads or micro batches than the run's"
         say(f"note   {why}: numbers may differ by {relative:g}, relatively")
     with runtime_of(first, checked, say) as runtime:
+        checked = surveyed(checked, runtime)
         _steps_again(checked, runtime, steps, output_dir, witness, say)
         is_main, here = runtime.is_main, snapshot(runtime.device_facts())
     was = _fingerprint(record) if is_main else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.errors import UserError
+from trainer.errors import RunEnd, UserError
 from trainer.peers import PeerFailed, Peers
 
 if TYPE_CHECKING:
@@ -57,15 +57,14 @@ class Runtime:
             )
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise PeerFailed(
-                f"the ranks did not find each other within {device_timeout.total_seconds():g} s; if rank 0 is hashing "
-                "new pictures, let `difftrain validate` do it first, or raise train.collective_timeout_seconds "
-                f"({str(error).splitlines()[0]})"
+                f"the ranks did not find each other within {device_timeout.total_seconds():g} s; "
+                f"train.collective_timeout_seconds makes them wait longer ({str(error).splitlines()[0]})"
             ) from None
         self._timeout_seconds = collective_timeout_seconds
         self.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
+        self.local_world_size: int = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
         self.precision: Precision = precision
         self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         self._check(deterministic)
@@ -178,7 +177,7 @@ class Runtime:
         return items
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on all ranks; the UserError it raises there is raised on all.
+        """What `action` returns on rank 0, on all ranks; the RunEnd it raises there is raised on all.
 
         The others wait as long as it takes, and no longer than the time-out for a rank 0 that gives no sign of life.
         """
@@ -187,7 +186,7 @@ class Runtime:
             with self._peers.working() if self._peers else contextlib.nullcontext():
                 try:
                     outcome[0] = action()
-                except UserError as error:
+                except RunEnd as error:
                     outcome[1] = error
         elif self._peers:
             self._peers.wait_for_main(self._timeout_seconds)

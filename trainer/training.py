@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from torch import nn
 
 from trainer.checkpoint import Found, find, find_newest, named_run
 from trainer.config import Config
-from trainer.data.buckets import LEFT_OUT
 from trainer.data.loader import Batch, Encoded, Samples, SlotSchedule, load_batches
 from trainer.data.plan import BatchPlan
 from trainer.data.roll import Roll
@@ -22,6 +21,7 @@ from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
 from trainer.ema import Ema
 from trainer.encoder_cache.base import EncodingCache, Job
+from trainer.encoder_cache.memory import in_memory
 from trainer.errors import UserError
 from trainer.latents import CachedLatents, LatentSource, OnlineVae
 from trainer.preflight import Preflight
@@ -52,7 +52,7 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
-    left_out: int = 0  # records that the policies of the data leave out
+    unreadable: int = 0  # pictures that are left out because they cannot be read
     first_step: int = 0  # optimizer steps done before this start
     captions_cut: int = 0  # since this start
     measured: dict[str, Any] = field(default_factory=dict)  # what hooks measured after the newest step
@@ -98,7 +98,9 @@ class Encoders:
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder."""
         network = self._components.text_encoder
-        nn.Module.to(network, self._device)
+        # Not if it is there already: `to` would put other gradients in the place of those that DDP's buckets hold.
+        if next(network.parameters()).device.type != self._device.type:  # `cpu` and `cpu:0` are one device
+            nn.Module.to(network, self._device)
         return network
 
     def rest(self) -> None:
@@ -110,8 +112,13 @@ class Encoders:
             self._components.forget("text_encoder")
 
 
-def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None) -> Training:
-    """The run, ready for its next step; raises UserError if weights cannot be loaded or do not fit."""
+def assemble(
+    checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, first_step_only: bool = False
+) -> Training:
+    """The run, ready for its next step; raises UserError if weights cannot be loaded or do not fit.
+
+    With `first_step_only` a cache is not touched: what that step needs is encoded into memory.
+    """
     config, family, device = checked.config, checked.config.model, runtime.device
     components = first_components(config) if start is None else family.load(config.train.seed)
     modules = family.trainable(components)
@@ -120,10 +127,11 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         if family.train_text_encoder:
             components.text_encoder.gradient_checkpointing_enable()
     encoders = Encoders(components, device, family.vae_precision)
-    roll = runtime.from_main(lambda: checked.surveyed.call.roll)
-    kept = None
+    roll = runtime.from_main(lambda: checked.seen.call.roll)
+    plan, kept = roll.plan(config.data, config.train.global_batch_size, config.train.seed), None
     if config.cache is not None:
-        kept = encoded(checked, config.cache, roll, components, encoders, runtime)
+        first = map(plan.record, range(config.train.global_batch_size)) if first_step_only else None
+        kept = encoded(checked, config.cache, roll, components, encoders, runtime, first)
     text_encoder = encoders.text_encoder() if "text_encoder" in encoders.needed else None
     latent_source = encoders.vae() if kept is None else CachedLatents(components.vae_config)
     # All imports are done: what they made stays, and need not be searched for garbage. The wrapped model is not part of
@@ -144,6 +152,8 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         latent_shape=partial(family.latent_shape, components.vae_config),
         encoded=kept,
     )
+    if checked.survey is not None:
+        checked.survey.forget_what_is_done_with()
     train, validation = config.train, config.validation
     held_out = None
     if validation is not None and len(roll.held_out):
@@ -157,7 +167,7 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         )
     trained = samples(
         source=config.data,
-        plan=roll.plan(config.data, train.global_batch_size, train.seed),
+        plan=plan,
         global_batch=train.global_batch_size,
         seed=train.seed,
     )
@@ -174,17 +184,30 @@ def assemble(checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found
         state=state,
         samples=trained,
         held_out=held_out,
-        left_out=roll.count(LEFT_OUT),
+        unreadable=roll.unreadable,
         first_step=state.step,
     )
 
 
 def encoded(
-    checked: Preflight, cache: EncodingCache, roll: Roll, components: Components, encoders: Encoders, runtime: Runtime
+    checked: Preflight,
+    cache: EncodingCache,
+    roll: Roll,
+    components: Components,
+    encoders: Encoders,
+    runtime: Runtime,
+    only: Iterable[int] | None = None,
 ) -> Encoded:
-    """Everything that the run needs encoded; of the encoders, those are in memory that are needed for something new."""
+    """Everything that the run needs encoded; of the encoders, those are in memory that are needed for something new.
+
+    With `only` these records alone, in memory.
+    """
     with_text = cache.keeps_text(checked.config.model.train_text_encoder)
-    kept = cache.encode(job_of(checked, roll, components, encoders, runtime.device), with_text, runtime)
+    if only is None:
+        kept = cache.encode(job_of(checked, roll, components, encoders, runtime.device), with_text, runtime)
+    else:
+        job = job_of(checked, roll.only(only), components, encoders, runtime.device)
+        kept = in_memory(job, cache.crops, with_text, runtime)
     encoders.needed -= {"vae", "text_encoder"} if with_text else {"vae"}
     encoders.rest()
     return kept

@@ -65,7 +65,7 @@ class Encoder:
 class Alone:
     """The only rank."""
 
-    rank, world_size, is_main = 0, 1, True
+    rank, world_size, local_world_size, is_main = 0, 1, 1, True
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -84,6 +84,7 @@ class Threads:
     """One of several ranks that are threads of this process."""
 
     def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, slots: list[Any], said: list[str]):
+        self.local_world_size = world_size
         self.rank, self.world_size, self._barrier, self._slots, self.said = rank, world_size, barrier, slots, said
 
     @property

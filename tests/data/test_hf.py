@@ -128,7 +128,12 @@ def test_missing_and_empty_captions_are_told_by_row(tmp_path):
         (1, f"{path}: row 1, '1': there is no caption"),
         (2, f"{path}: row 2, '2': the caption is empty"),
     ]
-    assert records[1].captions == ("",)
+    assert [records[i].captions for i in range(4)] == [("x",), ("",), ("",), ("y",)]
+    path = parquet(tmp_path / "b.parquet", [png()] * 2, [["x", "", None], ["y"]], pa.binary())
+    records = open_set(path)
+    told = f"{path}: row 0, '0': 2 of its 3 captions cannot be used: the caption is empty"
+    assert list(records.caption_faults()) == [(0, told)]
+    assert [records[i].captions for i in range(2)] == [("x",), ("y",)]
 
 
 COLUMNS = {
@@ -242,12 +247,26 @@ def test_parquet_files_of_a_split_are_told_by_their_names(tmp_path):
     assert "there is no split 'test'" in refusal(unnamed, split="test")
 
 
+def test_another_file_of_the_same_name_length_and_time_is_converted_anew(tmp_path):
+    path = parquet(tmp_path / "a.parquet", [png()] * 2, ["cat", "dog"], pa.binary())
+    assert open_set(path)[0].captions == ("cat",)
+    converted = sorted((tmp_path / "hf-cache").rglob("*.arrow"))
+    assert open_set(path)[1].captions == ("dog",)
+    assert sorted((tmp_path / "hf-cache").rglob("*.arrow")) == converted
+    other = parquet(tmp_path / "b.parquet", [png()] * 2, ["cow", "pig"], pa.binary())
+    assert (other.stat().st_size, other.stat().st_mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
+    other.replace(path)  # as `rsync -t` puts a file in place of another; `cp -p` writes into it
+    assert [open_set(path)[i].captions for i in range(2)] == [("cow",), ("pig",)]
+
+
 def test_what_is_no_data_set_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         f"'./gone' does not exist\n  in data.dataset\n  relative paths start at the working directory, {tmp_path}"
         in (refusal("./gone"))
     )
+    for name in ("data/train.parquet", "train.parquet", "~/set", "/gone/set", "some/where/set"):
+        assert f"'{name}' does not exist\n  in data.dataset\n" in refusal(name)
     assert "no file is called" in refusal("*.parquet")
     (tmp_path / "a.txt").write_text("x")
     assert "is no parquet file" in refusal("a.txt")
@@ -304,6 +323,12 @@ def test_rows_that_only_name_a_file_may_not_leave_the_folder(tmp_path, secret):
     assert records.fingerprint() == open_set(file).fingerprint()
     (tmp_path / "set" / "in" / "side.png").write_bytes(png("red"))
     assert next(open_set(file).looks()).content == hashlib.sha256(png("red")).hexdigest()
+    (tmp_path / "set" / "in" / "side.png").unlink()
+    (tmp_path / "set" / "in" / "side.png").symlink_to(secret)  # the index of the rows is that of before
+    for again in (records, open_set(file)):
+        with pytest.raises(UserError, match="is a link that leaves the data set's folder"):
+            again.image(0)
+        assert "is a link that leaves" in str(next(again.looks()).fault)
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", "link.arrow", 7, "a.txt"])
@@ -435,7 +460,8 @@ def test_what_was_downloaded_is_read_without_the_hub(hub, tmp_path, monkeypatch)
     again = open_set("me/set", revision=COMMIT)
     assert again.fingerprint() == first.fingerprint()
     assert again.provenance() == {"revision": COMMIT}
-    assert "it is not downloaded, and the hub cannot be reached" in refusal("me/other")
+    told = refusal("me/other")
+    assert "no path of this name exists, it is not downloaded, and the hub cannot be reached" in told
 
 
 def test_configurations_of_the_readme_or_of_folders_are_chosen(hub, tmp_path):
@@ -478,7 +504,7 @@ HUB_ERRORS = {
     "not there": (404, "RepoNotFound", "the hub has no such data set"),
     "gated": (403, "GatedRepo", "its owner has not let you in"),
     "no such revision": (404, "RevisionNotFound", "there is no revision 'v9'"),
-    "down": (500, "", "the hub cannot be reached"),
+    "down": (500, "", "no path of this name exists, and the hub cannot be reached"),
 }
 
 

@@ -1,5 +1,6 @@
 """A folder with a metadata file is indexed without decoding, safely, and everything wrong with it is told at once."""
 
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from trainer.data.looks import NOTHING
 from trainer.data.sources.imagefolder import ImageFolder, ImageFolderRecords
 from trainer.errors import UserError
 
@@ -80,7 +82,7 @@ def test_a_caption_may_be_a_list_of_captions(tmp_path):
 CAPTION_FAULTS = {
     "empty": ("", "the caption is empty"),
     "blank": (" \n", "the caption is empty"),
-    "one of several is empty": (["x", ""], "the caption is empty"),
+    "all of several are empty": (["", " "], "2 of its 2 captions cannot be used: the caption is empty"),
     "null": (None, "there is no caption"),
     "no captions": ([], "there is no caption"),
     "half of a character": ("\ud83d", "it holds half of a surrogate pair"),
@@ -88,13 +90,31 @@ CAPTION_FAULTS = {
 
 
 @pytest.mark.parametrize("case", CAPTION_FAULTS)
-def test_a_caption_without_words_is_told_with_its_line_and_reads_as_empty_where_there_is_none(tmp_path, case):
+def test_a_caption_without_words_is_told_with_its_line_and_its_record_reads_as_without_one(tmp_path, case):
     for name in "ab":
         picture(tmp_path / f"{name}.png")
     caption, fault = CAPTION_FAULTS[case]
     records = open_lines(tmp_path, line("b.png", "full"), line("a.png", caption))
     assert list(records.caption_faults()) == [(1, f"{tmp_path}/metadata.jsonl:2: 'a.png': {fault}")]
-    assert len(records[1].captions) == (2 if isinstance(caption, list) and caption else 1)
+    assert records[1].captions == ("",)
+
+
+SOME_FAULTS = {
+    "empty": (["", "good one"], "1 of its 2 captions cannot be used: the caption is empty"),
+    "not UTF-8": (["good one", "caf\udce9"], "1 of its 2 captions cannot be used: byte 0xe9 is not UTF-8"),
+    "half of a character": (["\ud83d", "good one", ""], "2 of its 3 captions cannot be used: it holds half of a surro"),
+}
+
+
+@pytest.mark.parametrize("case", SOME_FAULTS)
+def test_of_several_captions_those_that_can_be_used_are_kept_and_the_others_told(tmp_path, case):
+    picture(tmp_path / "a.png")
+    captions, fault = SOME_FAULTS[case]
+    records = open_lines(tmp_path, line("a.png", captions))
+    assert records[0].captions == ("good one",)
+    ((index, told),) = records.caption_faults()
+    assert index == 0
+    assert told.startswith(f"{tmp_path}/metadata.jsonl:1: 'a.png': {fault}")
 
 
 def test_a_line_without_the_column_is_told_what_column_may_be_meant(tmp_path):
@@ -112,7 +132,7 @@ def test_captions_that_are_not_utf8_are_told_and_their_records_kept(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes(line("a.png").encode() + b"\n" + bad)
     records = open_folder(tmp_path)
     assert list(records.caption_faults()) == [(1, f"{tmp_path}/metadata.jsonl:2: 'b.png': byte 0xe9 is not UTF-8")]
-    assert records[1].captions == ("caf?",)
+    assert records[1].captions == ("",)
 
 
 def test_text_files_beside_the_pictures_hold_their_captions_a_line_each(tmp_path):
@@ -124,8 +144,46 @@ def test_text_files_beside_the_pictures_hold_their_captions_a_line_each(tmp_path
     records = open_folder(tmp_path)
     assert [records[i].key for i in range(len(records))] == ["a.jpg", "b.png", "sub/deep/c.webp"]
     assert [records[i].captions for i in range(3)] == [("",), ("one", "two"), ("sea",)]
-    assert list(records.caption_faults()) == [(0, "'a.jpg': there is no caption in a.txt")]
+    assert list(records.caption_faults()) == [(0, "'a.jpg': there is no a.txt")]
     assert records.image(2).size == (4, 4)
+
+
+def test_a_text_file_without_captions_is_told_from_one_that_is_not_there_or_not_read(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / "set" / f"{name}.png")
+    (tmp_path / "set" / "a.TXT").write_text("one")
+    (tmp_path / "set" / "b.txt").write_text("\n \n")
+    (tmp_path / "set" / "c.txt").write_bytes(b"good\ncaf\xe9")
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "set" / "d.Txt").symlink_to(tmp_path / "secret.txt")
+    records = open_folder(tmp_path / "set")
+    assert [records[i].captions for i in range(4)] == [("one",), ("",), ("good",), ("",)]
+    assert [told for _, told in records.caption_faults()] == [
+        "'b.png': there is no caption in b.txt",
+        "'c.png': 1 of its 2 captions cannot be used: byte 0xe9 is not UTF-8 in c.txt",
+        "'d.png': there is no caption: d.Txt is a link that leaves data_root",
+    ]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt"])
+def test_a_text_file_that_may_not_be_read_is_named_and_tried_once(tmp_path, monkeypatch, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text(line("a.png"))
+    os.utime(tmp_path / name, (1_600_000_000, 1_600_000_000))
+    tried: list[str] = []
+    real = open
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == str(tmp_path / name):  # the tests may run as root, whom permissions do not stop
+            tried.append(name)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refused)
+        with pytest.raises(UserError, match=f"cannot be read: Permission denied\n  in {tmp_path}/{name}"):
+            open_folder(tmp_path)
+    assert tried == [name]
 
 
 def test_a_changed_text_file_is_seen_at_once(tmp_path):
@@ -139,6 +197,7 @@ def test_missing_files_are_left_to_the_policy_where_bad_pictures_may_be_left_out
     picture(tmp_path / "a.png")
     records = open_lines(tmp_path, line("a.png"), line("gone.png"), on_bad="skip")
     assert [look.fault for look in records.looks()] == [None, "picture cannot be read: No such file or directory"]
+    assert "holds a NUL" in refusal(tmp_path, line("a.png"), line("gone\0.png"), on_bad="skip")
 
 
 def test_a_byte_order_mark_and_a_missing_last_newline_are_read_over(tmp_path):
@@ -211,7 +270,8 @@ BAD_LINES = {
     "duplicate": (line("./first.png"), "'first.png' is listed on line 1 already"),
     "missing file": (line("gone.png"), "1 of 2 listed files do not exist: 'gone.png' (line 2)"),
     "backslashes": (line("sub\\a.png"), "names are written with /"),
-    "nul": (line("a\0.png"), "do not exist"),
+    "nul": (line("a\0.png"), "holds a NUL"),
+    "nul in a directory": (line("a\0/b.png"), "holds a NUL"),
     "below a file": (line("first.png/x.png"), "do not exist"),
     "a directory": (line("sub"), "not a regular file"),
     "a pipe": (line("pipe"), "not a regular file"),
@@ -245,6 +305,51 @@ def test_links_that_stay_inside_are_followed(tmp_path):
     (tmp_path / "b.png").symlink_to(tmp_path / "real" / "a.png")
     records = open_lines(tmp_path, line("alias/a.png"), line("b.png"))
     assert [records.image(i).getpixel((0, 0)) for i in range(2)] == [(0, 0, 255)] * 2
+
+
+def old_lines(root: Path, *lines: str) -> ImageFolderRecords:
+    """The folder, whose metadata was written long ago, so that its index is remembered."""
+    open_lines(root, *lines)
+    os.utime(root / "metadata.jsonl", (1_600_000_000, 1_600_000_000))
+    return open_folder(root)
+
+
+@pytest.mark.parametrize("by", ["file", "directory"])
+def test_a_link_that_leaves_the_folder_is_refused_also_after_the_index_was_made(tmp_path, by):
+    names = ["sub/a.png", "sub/b.png", "c.png", "sub/d.png"]
+    for name in names:
+        picture(tmp_path / "set" / name)
+    records = old_lines(tmp_path / "set", *map(line, names))
+    assert [look.fault for look in records.looks()] == [None] * 4
+    picture(tmp_path / "secret" / "a.png", "blue")
+    if by == "file":
+        for name in ("sub/a.png", "sub/d.png"):
+            (tmp_path / "set" / name).unlink()
+            (tmp_path / "set" / name).symlink_to(tmp_path / "secret" / "a.png")
+        outside = [0, 3]
+    else:
+        (tmp_path / "set" / "sub").rename(tmp_path / "moved")
+        (tmp_path / "set" / "sub").symlink_to(tmp_path / "moved")
+        outside = [0, 1, 3]
+    for again in (records, open_folder(tmp_path / "set")):
+        for index in outside:
+            with pytest.raises(UserError, match="is a link that leaves data_root"):
+                again.image(index)
+        assert again.image(2).size == (4, 4)
+        for fresh in (False, True):
+            looks = list(again.looks(fresh))
+            assert [i for i, look in enumerate(looks) if look.fault] == outside
+            assert {(look.content, look.fault) for look in looks if look.fault} == {
+                (NOTHING, "picture is a link that leaves data_root")
+            }
+
+
+def test_links_inside_of_a_root_that_is_a_link_are_looked_at(tmp_path):
+    picture(tmp_path / "real" / "sub" / "a.png")
+    (tmp_path / "real" / "b.png").symlink_to("sub/a.png")
+    (tmp_path / "link").symlink_to("real")
+    records = open_lines(tmp_path / "link", line("sub/a.png"), line("b.png"))
+    assert [look.fault for look in records.looks()] == [None, None]
 
 
 def test_a_folder_whose_name_only_starts_like_the_root_is_outside(tmp_path):

@@ -127,6 +127,15 @@ def test_what_is_skipped_is_left_out_of_the_plan_and_nothing_else_is():
     assert sorted(plan.record(slot) for slot in range(97)) == sorted(set(range(100)) - {3, 5, 7})
 
 
+def test_a_record_that_is_bad_in_two_ways_is_left_out_and_counted_once():
+    records = named(100, {3: ("",), 5: ("",)})
+    skipped = call(records, bad(3), on_bad="skip", on_missing_caption="skip")
+    assert [record for record, _ in skipped.left_out] == [3, 5]
+    assert skipped.roll.unreadable == 1
+    emptied = call(records, bad(3), on_bad="skip", on_missing_caption="empty")
+    assert (len(emptied.left_out), emptied.without_caption) == (1, 1)
+
+
 def test_a_record_without_a_caption_is_kept_and_counted_where_the_policy_says_empty():
     call_of = call(named(10, {5: ("",), 6: ("",)}), on_missing_caption="empty")
     assert (call_of.roll.trained, call_of.left_out, call_of.without_caption) == (10, [], 2)

@@ -104,7 +104,7 @@ def test_a_tensor_is_channels_first_and_runs_from_minus_one_to_one():
 @pytest.mark.parametrize("size", [(64, 64), (640, 480), (480, 640), (1000, 100), (3, 500)])
 @pytest.mark.parametrize("asked", [(96, 64), (64, 96), (128, 32), (64, 64)])
 def test_a_sample_has_the_asked_shape_and_shows_the_most_of_the_picture_that_has_it(size, asked):
-    view = View(*asked, 0.25, 0.75, flip=False)
+    view = View(asked[0], asked[1], 0.25, 0.75, flip=False)
     assert fit(noise(*size), view).size == asked
     left, top, width, height = box(size, view)
     assert width * asked[1] == pytest.approx(height * asked[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import io
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from trainer.data import shards as storage
 from trainer.data import tar_members
 from trainer.data.record import Source
+from trainer.data.shards import SourceError
 from trainer.data.sources import webdataset
 from trainer.data.sources.webdataset import WebDatasetRecords, expanded
 from trainer.errors import UserError
@@ -115,7 +117,15 @@ JSON_CAPTIONS = {
     "a number in a list": ({"text": ["a", 7]}, None, ("",), "'text' of .json is 7, not a string"),
     "not an object": ([1], None, ("",), ".json holds [1] where an object is needed"),
     "another column": ({"txt": "x"}, None, ("",), "no column 'text'; .json has 'txt': set data.caption_column=txt?"),
-    "half of a pair": ({"text": "\ud83d"}, None, ("?",), "surrogate"),
+    "half of a pair": ({"text": "\ud83d"}, None, ("",), "it holds half of a surrogate pair"),
+    "half of a pair beside another": (
+        {"text": ["a", "\ud83d", "b"]},
+        None,
+        ("a", "b"),
+        "1 of its 3 captions cannot be used: it holds half of a surrogate pair",
+    ),
+    "one of several is empty": ({"text": ["", "a"]}, None, ("a",), "1 of its 2 captions cannot be used"),
+    "all are empty": ({"text": ["", " "]}, None, ("",), "2 of its 2 captions cannot be used: the caption is empty"),
 }
 
 
@@ -151,7 +161,9 @@ def test_bad_captions_are_told_record_by_record_and_never_read_without_a_limit(t
         "f.png": png(),
         "f.txt": b"fine",
     }
-    faults = [told for _, told in open_shards(write(tmp_path / "a.tar", members)).caption_faults()]
+    records = open_shards(write(tmp_path / "a.tar", members))
+    assert [records[i].captions for i in range(6)] == [("",)] * 5 + [("fine",)]
+    faults = [told for _, told in records.caption_faults()]
     wanted = ["there is no caption", "not JSON", "JSON", "byte 0xe9 is not UTF-8", "over 100 bytes"]
     assert len(faults) == len(wanted)
     assert all(want in fault for want, fault in zip(wanted, faults, strict=True))
@@ -342,6 +354,23 @@ def test_a_shard_that_is_cut_off_is_told_wherever_the_cut_is(tmp_path):
     assert len(open_shards(path)) == 2
 
 
+def test_a_shard_whose_disk_fails_is_told_with_its_byte_and_read_once(tmp_path, monkeypatch):
+    path = old(write(tmp_path / "a.tar", {"a.png": png()}))
+    opened: list[str] = []
+
+    class Failing(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def stream(self: Any, shard: Any) -> Any:
+        opened.append(shard.url)
+        return Failing()
+
+    monkeypatch.setattr(storage.Storage, "stream", stream)
+    assert f"shard cannot be read at byte 0: Input/output error\n  in {path}" in refusal(path)
+    assert opened == [str(path)]
+
+
 def test_a_damaged_header_is_told_with_its_byte(tmp_path):
     path = write(tmp_path / "a.tar", {"a.png": b"x" * 512, "b.png": png()})
     data = bytearray(path.read_bytes())
@@ -462,15 +491,17 @@ def test_a_picture_that_changed_since_the_index_is_refused_when_it_is_read(tmp_p
     path = old(write(tmp_path / "a.tar", {"a.bmp": red, "b.bmp": red}))
     records = open_shards(path)
     old(write(path, {"a.bmp": blue, "b.bmp": red}))
-    with pytest.raises(UserError, match=rf"changed since it was indexed: its bytes (.|\n)*in {path}"):
+    with pytest.raises(SourceError, match=rf"changed since it was indexed: its bytes (.|\n)*in {path}"):
         records.image(0)
     assert records.image(1).size == (4, 4)
     assert next(records.looks(fresh=True)).content == hashlib.sha256(blue).hexdigest()
     path.write_bytes(b"")
     with pytest.raises(UserError, match="bytes and has 0"):
         records.image(0)
+    with pytest.raises(SourceError, match="bytes and has 0"):  # and is no picture that a fresh look leaves out
+        list(records.looks(fresh=True))
     path.unlink()
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(SourceError, match="No such file"):
         records.image(0)
 
 
@@ -570,7 +601,10 @@ def test_a_shard_behind_http_is_read_by_range(server, serve):
     assert server.asked == ["HEAD"]
     assert again.fingerprint() == records.fingerprint()
     url = serve({"a.png": png("green")})
-    with pytest.raises(UserError, match="changed since it was indexed"):
+    with pytest.raises(SourceError, match="changed since it was indexed"):
+        records.image(0)
+    server.files.clear()
+    with pytest.raises(SourceError, match="the shard does not exist"):
         records.image(0)
 
 
@@ -584,8 +618,10 @@ def test_errors_of_the_network_are_tried_again_after_waits_that_double(server, s
     wanted = [f"attempt {n} of 5 in {wait} s" for n, wait in ((2, 0.01), (3, 0.02), (4, 0.04), (5, 0.08))]
     assert told == (wanted[:2] if fault == "drop" else wanted)  # a dropped connection is tried twice by the client
     server.faults = ["500"] * 20
-    with pytest.raises(UserError, match="cannot be read after 5 attempts"):
+    with pytest.raises(SourceError, match="cannot be read after 5 attempts"):
         records.image(0)
+    with pytest.raises(SourceError, match="cannot be read after 5 attempts"):
+        list(records.looks(fresh=True))
 
 
 def test_a_shard_that_changes_while_it_is_indexed_is_refused(server, serve, monkeypatch):

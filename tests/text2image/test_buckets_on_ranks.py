@@ -66,7 +66,7 @@ def test_two_ranks_train_200_steps_of_mixed_shapes_and_every_step_reads_what_the
     monkeypatch.chdir(folder)
     checked = preflight(load_config(folder / "config.yaml"), 0, 1)
     data, records, seed = checked.config.data, checked.records, checked.config.train.seed
-    plan = checked.surveyed.call.roll.plan(data, 8, seed)
+    plan = checked.seen.call.roll.plan(data, 8, seed)
     assert isinstance(plan, BucketPlan)
     from trainer.data.captions import caption_of
 

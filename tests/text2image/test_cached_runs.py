@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from trainer.cli import main
 from trainer.config_file import load_config
 from trainer.data.loader import Batch
 from trainer.encoder_cache.disk import Disk
+from trainer.latents import OnlineVae
 from trainer.preflight import preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -201,6 +204,58 @@ def test_a_flipped_bit_in_the_cache_is_found_where_it_is_read_and_mended_by_the_
     assert encoded(capsys) == [21, 0]
 
 
+def test_a_picture_that_changed_behind_its_size_and_time_is_not_kept_under_the_name_of_the_old_one(
+    config: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    long_ago = 1_600_000_000 * 10**9
+    for name, value in (("old", 1), ("new", 2)):
+        Image.new("RGB", (64, 64), (value, 0, 0)).save(tmp_path / f"{name}.bmp")
+    metadata = (pictures / "metadata.jsonl").read_text().replace('"4.png', '"4.bmp')
+    (pictures / "metadata.jsonl").write_text(metadata)
+
+    def put(name: str) -> None:
+        (pictures / "4.bmp").write_bytes((tmp_path / f"{name}.bmp").read_bytes())
+        os.utime(pictures / "4.bmp", ns=(long_ago, long_ago))
+
+    put("old")
+    assert main(["validate", "--config", str(config), "--output-dir", str(tmp_path / "validated")]) == 0
+    put("new")
+    assert main(["cache", "--config", str(config)]) == 2
+    assert "picture changed since it was looked at" in capsys.readouterr().err
+    assert main(["cache", "--config", str(config)]) == 0, "it was looked at again"
+    put("old")
+    os.utime(pictures / "4.bmp", ns=(long_ago + 1, long_ago + 1))
+    capsys.readouterr()
+    assert main(["cache", "--config", str(config)]) == 0
+    assert encoded(capsys) == [1, 0]
+
+
+def test_the_vae_is_given_a_million_pixels_at_once_whatever_the_chunk(assembled, monkeypatch):
+    counts = []
+    posterior = OnlineVae.posterior
+
+    def counted(self: OnlineVae, pixels: torch.Tensor) -> Any:
+        counts.append(tuple(pixels.shape))
+        return posterior(self, pixels)
+
+    monkeypatch.setattr(OnlineVae, "posterior", counted)
+    monkeypatch.setattr("trainer.encoder_cache.base.MOST_PIXELS", 4 * 64 * 64)
+    assembled()
+    assert counts == [(4, 3, 64, 64)] * 5 + [(1, 3, 64, 64)]
+
+
+def test_a_full_cache_is_not_written_to(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert train(config, tmp_path / "one") == 0
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("trainer.cached.lookup.write_parts", refused)
+    monkeypatch.setattr("trainer.cached.tensor_files.write_parts", refused)
+    assert train(config, tmp_path / "two") == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
 def test_a_cached_run_with_buckets_resumes_to_the_bit_and_agrees_with_one_that_encodes_on_the_fly(
     config: Path, tmp_path: Path
 ):
@@ -242,7 +297,7 @@ class TwoRanks:
             return list(self.items)
 
         class Rank:
-            rank, world_size, is_main = number, 2, number == 0
+            rank, world_size, local_world_size, is_main = number, 2, 2, number == 0
 
             def say(self, line: str) -> None: ...
 
@@ -267,7 +322,7 @@ def test_two_ranks_build_the_files_that_one_rank_builds_bit_for_bit(config: Path
         def work(number: int, ranks: int = ranks, checked=checked, cache=cache, together=together) -> None:
             components = checked.config.model.load(7)
             encoders = Encoders(components, runtime.device, "fp32")
-            job = job_of(checked, checked.surveyed.call.roll, components, encoders, runtime.device)
+            job = job_of(checked, checked.seen.call.roll, components, encoders, runtime.device)
             cache.encode(job, True, together.rank(number) if ranks == 2 else runtime)
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(ranks)]
@@ -289,8 +344,9 @@ def test_two_ranks_build_the_files_that_one_rank_builds_bit_for_bit(config: Path
     [
         (["data.center_crop=false"], "one random place for ever"),
         (["cache.crops=2"], "there is one crop of a record"),
+        (["cache.dir=/dev/null/cache"], "'/dev/null' is not a folder"),
         (["data.caption_shuffle_tags=true"], "every order of its tags"),
-        (["cache.kind=memory", "data.center_crop=false"], "one crop of a record, not a random one"),
+        (["cache.kind=memory", "data.center_crop=false"], "one random place for ever"),
     ],
 )
 def test_a_cache_that_could_not_give_what_the_config_asks_for_is_refused(
@@ -298,6 +354,15 @@ def test_a_cache_that_could_not_give_what_the_config_asks_for_is_refused(
 ):
     assert train(config, tmp_path / "run", "--set", *overrides) == 2
     assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_encodes_what_its_step_needs_and_leaves_the_cache_alone(config: Path, tmp_path: Path, capsys):
+    assert train(config, tmp_path / "run", "--dry-run", "--set", *BUCKETS) == 0
+    said = capsys.readouterr().out
+    assert "nothing was written" in said
+    assert "text encoder not loaded: cached, vae not loaded: cached" in said
+    assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "run").exists()
 
 

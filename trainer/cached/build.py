@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from trainer.cached.store import ABSENT, CRC_BYTES, DTYPES, KEY, KEY_BYTES, Store
+from trainer.cached.store import ABSENT, CRC_BYTES, DTYPES, KEY, KEY_BYTES, Store, unwritable
 from trainer.cached.tensor_files import header, map_tensors, raw, write_parts
 from trainer.errors import RunEnd, UserError
 from trainer.files import temp_path
@@ -54,6 +54,8 @@ class Ranks(Protocol):
 
     rank: int
     world_size: int
+
+    local_world_size: int
 
     @property
     def is_main(self) -> bool: ...
@@ -87,7 +89,11 @@ def build(
         planned = ranks.from_main(lambda: _prepare(store, wanted, ranks, (shard_bytes, shards), check_rows, held))
         if planned is None:
             return 0
-        plan = Plan(planned)
+        try:
+            plan = Plan(planned)
+        except OSError as error:
+            fix = "with several machines, give a folder that all of them see"
+            raise UserError(f"this machine does not see the cache of rank 0: {error.strerror}", planned, fix) from error
         total = plan.entries
         progress = _Progress(total, ranks)
         work = _share(store, plan, encode, ranks, name, setting, progress)
@@ -144,7 +150,7 @@ def _prepare(
     try:
         write_parts(path, [header({"shapes": json.dumps(shapes)}, types), *map(raw, tensors.values())])
     except OSError as error:
-        raise UserError(f"nothing can be written to the cache: {error.strerror}", str(store.folder)) from error
+        raise unwritable(error, store.folder) from error
     held.callback(path.unlink, missing_ok=True)
     return str(path)
 

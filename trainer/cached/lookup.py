@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.cached.store import ABSENT, KEY, KEY_BYTES, Shard, Store, open_shard
+from trainer.cached.store import ABSENT, KEY, KEY_BYTES, Shard, Store, open_shard, unwritable
 from trainer.cached.tensor_files import DamagedError, content_name, header, map_tensors, raw, write_parts
 from trainer.errors import UserError
 
@@ -70,8 +70,17 @@ def _write(store: Store, names: list[str], tensors: dict[str, np.ndarray[Any, An
         write_parts(path, parts)  # also if it is there: it may be damaged, and now it is the newest
         _prune(path.parent)
     except OSError as error:
-        raise UserError(f"nothing can be written to the cache: {error.strerror}", str(path.parent)) from error
+        if not _is_whole(path, parts):  # a folder that is whole may be read-only
+            raise unwritable(error, path.parent) from error
     return path
+
+
+def _is_whole(path: Path, parts: list[bytes | memoryview]) -> bool:
+    """Whether the file is there and holds these bytes."""
+    try:
+        return path.read_bytes() == b"".join(parts)
+    except OSError:
+        return False
 
 
 def _prune(folder: Path) -> None:

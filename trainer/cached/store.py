@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from trainer.cached.tensor_files import DamagedError, Stored, header, map_tensors, raw, write_parts
-from trainer.errors import StorageFailed, UserError
+from trainer.errors import RunEnd, StorageFailed, UserError
 from trainer.files import sweep_temp_files
 
 Say = Callable[[str], None]
@@ -142,6 +142,14 @@ class Store:
             places.append((np.uint64(len(names)) << np.uint64(32)) + np.arange(len(shard), dtype=np.uint64))
             names.append(name)
         return Contents.of(names, keys, places)
+
+
+def unwritable(error: OSError, folder: Path) -> RunEnd:
+    """What ends a run that cannot write a small file of a cache."""
+    what = f"nothing can be written to the cache in {folder}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFailed(what)
+    return UserError(what, "cache.dir", "change the folder's permissions, or give another one")
 
 
 @dataclass(frozen=True)

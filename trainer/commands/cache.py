@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     Several ranks share the work: `torchrun --nproc-per-node 2 -m trainer cache --config C`.
     """
-    checked, _ = check(args, new_run=False, writes=False)
+    checked, _ = check(args, new_run=False, writes=False, for_steps=False)
     from trainer.cache_job import fill, verify
 
     if not args.verify:
@@ -31,5 +31,6 @@ def run(args: argparse.Namespace) -> int:
         looked_at, faults = looked_at + 1, faults + (fault is not None)
         if fault is not None:
             print(f"CHANGED  {path}  {fault}")
-    print(f"{looked_at} files looked at, {faults} damaged; delete those, and the next run encodes their entries anew")
+    fix = "; delete those, and the next run encodes their entries anew" if faults else ""
+    print(f"{looked_at} files looked at, {faults} damaged{fix}")
     return 1 if faults else 0

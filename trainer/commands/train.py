@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(args: argparse.Namespace, new_run: bool, writes: bool = True) -> tuple[Preflight, RunDir]:
+def check(
+    args: argparse.Namespace, new_run: bool, writes: bool = True, for_steps: bool = True
+) -> tuple[Preflight, RunDir]:
     """Everything that can be refused before torch is imported; every rank of a node finds the same faults."""
     try:
         say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
@@ -90,7 +92,7 @@ def check(args: argparse.Namespace, new_run: bool, writes: bool = True) -> tuple
             require_checkpoint(loaded.config.model.init_from, loaded.where("model.init_from"))
         refuse_a_lonely_launch()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        return preflight(loaded, rank, world_size), run_dir
+        return preflight(loaded, rank, world_size, for_steps), run_dir
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # the first rank of this node says it, and ends the job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,8 @@ def relative_name(name: str) -> str:
     """The one spelling of a relative file name, without `./` and `//`; raises BadNameError if it leads elsewhere."""
     if not name:
         raise BadNameError("the file name is empty")
+    if "\0" in name:
+        raise BadNameError(f"{name!r} holds a NUL, as no file's name does")
     if name.startswith("/"):
         raise BadNameError(f"{name!r} is an absolute path; names are relative to data_root")
     if ".." in name.split("/"):
@@ -25,12 +28,20 @@ def relative_name(name: str) -> str:
     return posixpath.normpath(name)
 
 
+def leads_out(root: str, path: str, real: Callable[[str], str] = os.path.realpath) -> bool:
+    """Whether a link on the way to a file leaves `root`, which is a real path; `real` resolves a directory."""
+    return not _holds(root, os.path.realpath(path) if os.path.islink(path) else real(os.path.dirname(path)))
+
+
+def _holds(root: str, real_path: str) -> bool:
+    return real_path == root or real_path.startswith(os.path.join(root, ""))
+
+
 class Folder:
     """The regular files below a root. Each directory is listed once, and no link that leaves the root is followed."""
 
     def __init__(self, root: str):
         self.root = os.path.realpath(root)
-        self._inside = os.path.join(self.root, "")
         self._listings: dict[str, _Listing] = {}
 
     def find(self, name: str) -> Found:
@@ -45,7 +56,7 @@ class Folder:
 
     def _list(self, directory: str) -> _Listing:
         path = os.path.realpath(os.path.join(self.root, directory))
-        if not self._holds(path):
+        if not _holds(self.root, path):
             return _Listing(missing="outside")
         listing = _Listing()
         try:
@@ -64,14 +75,11 @@ class Folder:
         if not entry.is_symlink():
             return "file" if entry.is_file(follow_symlinks=False) else "not a file"
         target = os.path.realpath(entry.path)
-        if not self._holds(target):
+        if not _holds(self.root, target):
             return "outside"
         if os.path.isfile(target):
             return "file"
         return "not a file" if os.path.exists(target) else "missing"
-
-    def _holds(self, real_path: str) -> bool:
-        return real_path == self.root or real_path.startswith(self._inside)
 
 
 @dataclass

@@ -17,18 +17,18 @@ import tempfile
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.image_file import decode
 from trainer.data.looks import RACY_NS, cache_folder
-from trainer.data.record import Record, Records
+from trainer.data.record import Record, Records, caption_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from PIL.Image import Image
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 ROWS_AT_ONCE = 16_384
 UNUSED_SECONDS = 90 * 24 * 3600  # an index that nobody opened for so long is removed
 
@@ -72,14 +72,46 @@ def indexed(identity: Mapping[str, Any] | None, columns: Callable[[], pa.Schema]
         _remove_unused(os.path.dirname(path))
         temp = f"{path}.{os.getpid()}.tmp"
         try:
-            _write(temp, columns(), rows())
+            _write(temp, columns(), _apart(rows()))
             os.replace(temp, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temp)
+    except _RowsFailed as failed:
+        raise failed.error from None
     except OSError:  # a home that is full or cannot be written costs the memory, not the run
         return _temporary(columns(), rows())
     return Index(path)
+
+
+class _RowsFailed(Exception):
+    def __init__(self, error: OSError):
+        self.error = error
+
+
+def _apart(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, whose own errors are told from those of writing them."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise _RowsFailed(error) from error
+
+
+def usable(captions: Sequence[str]) -> tuple[list[str], str | None]:
+    """Those of a record's captions that can be trained on, and what is wrong with it, None if all can."""
+    faults = [caption_fault([caption]) for caption in captions]
+    kept = [caption for caption, fault in zip(captions, faults, strict=True) if fault is None]
+    first = next((fault for fault in faults if fault), None)
+    if first is None or len(captions) == 1:
+        return kept, caption_fault(captions)
+    return kept, f"{len(captions) - len(kept)} of its {len(captions)} captions cannot be used: {first}"
+
+
+def no_columns() -> pa.Schema:
+    """What a row has beside its key and captions, if that is nothing."""
+    import pyarrow as pa
+
+    return pa.schema([])
 
 
 def file_identity(path: str) -> list[Any] | None:

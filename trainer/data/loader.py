@@ -8,13 +8,14 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 
 from trainer.data.captions import caption_of
 from trainer.data.plan import Plan
 from trainer.data.record import Records, Source
+from trainer.data.shards import SourceError
 from trainer.data.topology import Topology
 from trainer.data.transforms import View, fit, size_condition, to_tensor
 from trainer.errors import UserError
@@ -173,13 +174,15 @@ class Samples(torch.utils.data.Dataset[Any]):
                 if self.source.on_bad == "error":
                     raise
                 instead = self.plan.substitute(slot, uniform(self.seed, f"substitute/{turn}", slot))
+                if instead == index:
+                    continue
                 keys = self.records[index].key, self.records[instead].key
                 substitutes.append(Substitute(slot, keys[0], f"{self.records.where(index)}: {error.what}", keys[1]))
                 index = instead
         raise UserError(
-            f"{MOST_SUBSTITUTES} pictures in a row cannot be read, the last in {self.records.where(index)}",
+            f"{self.records.where(index)} cannot be read, and nothing of its shape was found to take its place",
             "data",
-            "is the storage there?",
+            "is the storage there? or allow fewer buckets",
         )
 
     def _input(self, slot: int, index: int) -> tuple[Tensor, list[int]]:
@@ -187,6 +190,8 @@ class Samples(torch.utils.data.Dataset[Any]):
             view = self.view(slot)
             try:
                 image = self.records.image(index)
+            except SourceError:
+                raise
             except UserError as error:
                 raise UnreadableError(error.what, error.where, error.fix) from error
             return to_tensor(fit(image, view)), size_condition(image.size, view)
@@ -214,27 +219,20 @@ class SlotSchedule(torch.utils.data.Sampler[list[int]]):
             yield from self.topology.slots(step)
 
 
-class Pictures(torch.utils.data.Dataset[Any]):
-    """The pictures of any list of records, each in a view of its own, all of one size: for a cache."""
-
-    def __init__(self, records: Records):
-        self.records = records
-
-    def __getitem__(self, shown: Sequence[tuple[int, View]]) -> Tensor | UserError:
-        try:
-            return torch.stack([to_tensor(fit(self.records.image(index), view)) for index, view in shown])
-        except UserError as error:
-            return error
-
-
 def load_batches(samples: Samples, schedule: SlotSchedule, pin_memory: bool) -> Generator[Batch]:
     """The micro batches of `schedule`, in order; raises the UserError of any of them."""
     ahead = 2 * schedule.topology.accumulation
     return read_ahead(samples, schedule, samples.source.num_workers, ahead, pin_memory)
 
 
+class HandsOut(Protocol):
+    """What a loader's workers ask: for each item what it is, or the UserError that it met."""
+
+    def __getitem__(self, item: Any, /) -> Any: ...
+
+
 def read_ahead(
-    dataset: torch.utils.data.Dataset[Any],
+    dataset: HandsOut,
     order: Iterable[Sequence[Any]],
     workers: int,
     ahead: int = 2,
@@ -245,7 +243,7 @@ def read_ahead(
     Raises the UserError that the data set returned in place of any of them.
     """
     loader = torch.utils.data.DataLoader(
-        dataset,
+        cast("torch.utils.data.Dataset[Any]", dataset),
         sampler=order,
         batch_size=None,
         num_workers=workers,

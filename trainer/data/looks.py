@@ -97,6 +97,13 @@ def look_at_each(data: Callable[[int], bytes], count: int, max_pixels: int, say:
     progress.end()
 
 
+def forget_look(path: str) -> None:
+    """Have the next look at this file read it, whatever its size and mtime are."""
+    memory = LookMemory(default_place(), lambda line: None)
+    memory.forget(path)
+    memory.close()
+
+
 def look_at(data: bytes, max_pixels: int) -> Look:
     """What a picture file of these bytes is."""
     return _look(data, hashlib.sha256(data).hexdigest(), max_pixels)
@@ -191,6 +198,15 @@ class LookMemory:
         self._new.append((*row, _mark(row)))
         if time.monotonic() - self._saved > SAVE_EVERY_SECONDS:
             self._save()
+
+    def forget(self, path: str) -> None:
+        """Know nothing of a file any more."""
+        if self._database is not None:
+            try:
+                with self._database:
+                    self._database.execute("DELETE FROM looks WHERE path = ?", [os.fsencode(path)])
+            except sqlite3.Error as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Save what is new, and let go of the file."""

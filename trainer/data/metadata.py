@@ -40,9 +40,15 @@ class Problems:
 
 
 def rows(path: str, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row with the line on which it starts; lines that cannot be parsed go to `problems` instead."""
-    with open(path, "rb") as file:
-        yield from (_csv_rows if path.endswith(".csv") else _json_rows)(file, problems)
+    """Each row with the line on which it starts; lines that cannot be parsed go to `problems` instead.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from (_csv_rows if path.endswith(".csv") else _json_rows)(file, problems)
+    except OSError as error:
+        raise UserError(f"the metadata cannot be read: {error.strerror}", path, "see its permissions") from error
 
 
 def _json_rows(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -153,7 +153,7 @@ class Source(Part, home="trainer.data.sources"):
     on_missing_caption: Literal["error", "empty", "skip"] = Field(
         default="error",
         description="Records with a missing, empty or undecodable caption: `error` lists them all and ends the start, "
-        "`empty` trains them unconditionally, `skip` leaves them out; both count them.",
+        "`empty` trains them unconditionally, or with the captions that can be used, `skip` leaves them out.",
     )
     caption_prefix: str = Field(default="", description="Put before every caption that has words.")
     caption_suffix: str = Field(default="", description="Put behind every caption that has words.")

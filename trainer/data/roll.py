@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +34,7 @@ class Roll:
     records: int
     codes: ndarray | None = None  # uint8 [records]; None if every record is trained on and there are no buckets
     buckets: tuple[Bucket, ...] = ()
+    unreadable: int = 0  # of those left out, the pictures that cannot be read
     members: Members | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +62,15 @@ class Roll:
         """How many records have this code."""
         return 0 if self.members is None else len(self.members.of(code))
 
+    def only(self, records: Iterable[int]) -> Roll:
+        """The same with every other record left out."""
+        import numpy as np
+
+        kept = np.zeros(self.records, bool)
+        kept[list(records)] = True
+        codes = np.full(self.records, TRAINED, np.uint8) if self.codes is None else self.codes
+        return Roll(self.records, np.where(kept, codes, np.uint8(LEFT_OUT)), self.buckets, self.unreadable)
+
     def plan(self, source: Source, global_batch: int, seed: int) -> Plan:
         """Which record each slot reads; raises UserError if no bucket fills a batch and what remains is dropped."""
         if self.members is None or not self.buckets:
@@ -83,7 +93,8 @@ def call_roll(source: Source, records: Records, sizes: ndarray | None, bad: Sequ
     cannot be read. Raises UserError with every record that a policy of `source` does not leave out, or if too many
     are left out, or if nothing is left to train on.
     """
-    captions = [LeftOut(index, fault) for index, fault in records.caption_faults()]
+    unreadable = {record for record, _ in bad}
+    captions = [LeftOut(index, fault) for index, fault in records.caption_faults() if index not in unreadable]
     refused = [*(bad if source.on_bad == "error" else ()), *(captions if source.on_missing_caption == "error" else ())]
     if refused:
         raise _refusal(source, records, refused, len(bad) if source.on_bad == "error" else 0)
@@ -96,7 +107,9 @@ def call_roll(source: Source, records: Records, sizes: ndarray | None, bad: Sequ
         )
     left_out = [*bad, *(captions if source.on_missing_caption == "skip" else ())]
     buckets = source.buckets()
-    without_caption = len(captions) if source.on_missing_caption == "empty" else 0
+    without_caption = 0
+    if source.on_missing_caption == "empty":  # of several captions, those that can be used are
+        without_caption = sum(not any(map(str.strip, records[record].captions)) for record, _ in captions)
     if not left_out and not buckets and source.validation_fraction == 0:
         return RollCall(Roll(len(records)), [], without_caption)
     import numpy as np
@@ -113,7 +126,7 @@ def call_roll(source: Source, records: Records, sizes: ndarray | None, bad: Sequ
         for index in range(len(records)):
             if codes[index] != LEFT_OUT and _unit_hash(records.held_out_by(index)) < source.validation_fraction:
                 codes[index] = HELD_OUT
-    roll = Roll(len(records), codes, buckets)
+    roll = Roll(len(records), codes, buckets, len(bad))
     if not roll.trained:
         raise _nothing_left(source, roll)
     out_of_scale = roll.members.of(OUT_OF_SCALE) if roll.members and buckets else ()

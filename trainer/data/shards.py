@@ -58,6 +58,10 @@ def _forget_connections() -> None:
 os.register_at_fork(after_in_child=_forget_connections)
 
 
+class SourceError(UserError):
+    """Where the pictures come from is gone, has changed or does not answer: no fault of a picture, to be left out."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file, and what it was when it was indexed."""
@@ -82,24 +86,24 @@ class Storage:
     started: float = field(default_factory=time.time)  # shards used since then are never thrown out
 
     def look(self, url: str) -> Shard:
-        """What a shard is now; raises UserError if it is not there or may not be read."""
+        """What a shard is now; raises SourceError if it is not there or may not be read."""
         if protocol(url) is None:
             try:
                 there = file_identity(url)
                 size = os.stat(url).st_size
             except OSError as error:
-                raise UserError(f"shard cannot be read: {error.strerror}", url, "see data.shards") from error
+                raise SourceError(f"shard cannot be read: {error.strerror}", url, "see data.shards") from error
             return Shard(url, size, None if there is None else tuple(map(str, there)))
         info = self._tried(url, lambda files: files.info(url))
         size = info.get("size")
         if not isinstance(size, int):
-            raise UserError("the server does not say how long the shard is", url, "serve it with a Content-Length")
+            raise SourceError("the server does not say how long the shard is", url, "serve it with a Content-Length")
         told = [str(info[name]) for name in MARKS if info.get(name)]
         where = json.dumps([url, dict(self.options)], sort_keys=True)
         return Shard(url, size, (where, str(size), *told) if told else None)
 
     def read(self, shard: Shard, start: int, length: int) -> bytes:
-        """`length` bytes of a shard, from the kept copy if there is one; raises UserError if it has become shorter."""
+        """`length` bytes of a shard, from the kept copy if there is one; raises SourceError if it is shorter by now."""
         path = self.kept(shard) if shard.remote else shard.url
         if path is not None:
             try:
@@ -110,7 +114,7 @@ class Storage:
                 if not shard.remote:  # a kept copy may be thrown out at any time, by another run
                     raise self.changed(shard) from None
             except OSError as error:
-                raise UserError(f"shard cannot be read: {error.strerror}", path) from error
+                raise SourceError(f"shard cannot be read: {error.strerror}", path) from error
             else:
                 if len(data) == length:
                     return data
@@ -124,7 +128,7 @@ class Storage:
         try:
             return open(path, "rb") if path is not None else io.BufferedReader(_Ranges(self, shard), RANGE_BYTES)
         except OSError as error:
-            raise UserError(f"shard cannot be read: {error.strerror}", path) from error
+            raise SourceError(f"shard cannot be read: {error.strerror}", path) from error
 
     def kept(self, shard: Shard) -> str | None:
         """The path of the whole shard on this machine, fetched if it fits; None if it is to be read by ranges.
@@ -185,12 +189,13 @@ class Storage:
 
         data = self._tried(shard.url, ask)
         if len(data) > length:
-            raise UserError("the server sends whole files where a range is asked for", shard.url, "use another server")
+            what = "the server sends whole files where a range is asked for"
+            raise SourceError(what, shard.url, "use another server")
         if len(data) < length:
             raise self.changed(shard)
         return data
 
-    def changed(self, shard: Shard) -> UserError:
+    def changed(self, shard: Shard) -> SourceError:
         """The error of a shard that is not what it was when it was indexed."""
         now = self.look(shard.url)
         if now.size != shard.size:
@@ -200,10 +205,10 @@ class Storage:
         else:
             how = "its bytes are not what they were"
         fix = "start again: it will be indexed anew; a run that read it before was trained on other data"
-        return UserError(f"the shard changed since it was indexed: {how}", shard.url, fix)
+        return SourceError(f"the shard changed since it was indexed: {how}", shard.url, fix)
 
     def _tried(self, url: str, ask: Any) -> Any:
-        """What `ask` gives of the file system, tried again after errors of the network; raises UserError."""
+        """What `ask` gives of the file system, tried again after errors of the network; raises SourceError."""
         wait = FIRST_WAIT_SECONDS
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -219,7 +224,7 @@ class Storage:
                 if attempt == ATTEMPTS:
                     fix = "check the network and storage_options.endpoint_url"
                     what = f"shard cannot be read after {ATTEMPTS} attempts: {seen[:300]}"
-                    raise UserError(what, url, fix) from error
+                    raise SourceError(what, url, fix) from error
                 line = f"note   {url}: {seen[:300]}; attempt {attempt + 1} of {ATTEMPTS} in {wait:g} s"
                 print(line, file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -365,13 +370,14 @@ def _file_system(name: str, options: Mapping[str, Option]) -> Any:
         raise UserError(f"storage_options are refused: {error}", "data.storage_options") from error
 
 
-def _explained(error: Exception, url: str) -> UserError:
+def _explained(error: Exception, url: str) -> SourceError:
     credentials = CREDENTIALS.get(protocol(url) or "", "the server's own settings")
     if isinstance(error, FileNotFoundError):
-        return UserError("the shard does not exist", url, "see data.shards and storage_options.endpoint_url")
+        return SourceError("the shard does not exist", url, "see data.shards and storage_options.endpoint_url")
     if isinstance(error, PermissionError) or type(error).__name__ in NO_CREDENTIALS:
-        return UserError("the shard may not be read", url, f"credentials come from {credentials}; public: anon: true")
-    return UserError(f"the shard cannot be read: {' '.join(str(error).split())[:300]}", url, "see data.storage_options")
+        return SourceError("the shard may not be read", url, f"credentials come from {credentials}; public: anon: true")
+    seen = " ".join(str(error).split())[:300]
+    return SourceError(f"the shard cannot be read: {seen}", url, "see data.storage_options")
 
 
 _said: set[str] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -50,7 +51,7 @@ class Stored(NamedTuple):
 def find(want: Wanted) -> Stored:
     """The Arrow files that hold the rows; parquet is converted once, into the cache of `datasets`."""
     if not os.path.lexists(want.dataset) and not glob.has_magic(want.dataset):
-        if not HUB_ID.fullmatch(want.dataset):
+        if not HUB_ID.fullmatch(want.dataset) or want.dataset.endswith(".parquet"):
             fix = f"relative paths start at the working directory, {os.getcwd()}"
             raise UserError(f"{want.dataset!r} does not exist", "data.dataset", fix)
         return _on_hub(want)
@@ -116,7 +117,7 @@ def _parquet(want: Wanted) -> Stored:
         chosen = set(_of_split(want, sorted(by_name), want.dataset))
         files = [path for path in paths if os.path.basename(path) in chosen]
         root = os.path.dirname(files[0]) or "."
-    return Stored(_converted(want, files), _identities(files), Folder(root), None)
+    return Stored(_converted(want, files, _states(files)), _identities(files), Folder(root), None)
 
 
 def _on_hub(want: Wanted) -> Stored:
@@ -148,7 +149,7 @@ def _on_hub(want: Wanted) -> Stored:
         )
     files = [os.path.join(folder, name) for name in chosen]
     identity = [want.dataset, commit, chosen] if COMMIT.fullmatch(commit) else None
-    return Stored(_converted(want, files), identity, Folder(folder), commit)
+    return Stored(_converted(want, files, identity or _states(files)), identity, Folder(folder), commit)
 
 
 def _of_repository(want: Wanted, names: Sequence[str], card: Mapping[str, Any]) -> list[str]:
@@ -200,16 +201,23 @@ def _of_split(want: Wanted, names: Sequence[str], where: str) -> list[str]:
     return list(names)
 
 
-def _converted(want: Wanted, files: Sequence[str]) -> list[str]:
-    """The Arrow files that `datasets` makes of parquet files, because single rows of parquet cannot be read."""
+def _converted(want: Wanted, files: Sequence[str], states: list[Any]) -> list[str]:
+    """The Arrow files that `datasets` makes of parquet files, because single rows of parquet cannot be read.
+
+    They lie in its cache, in a folder for the files' `states`: it would itself take a file for the one it converted
+    whose path and time of change are the same, which is how `cp -p` and `rsync -t` leave another one.
+    """
     try:
         import datasets
+        from datasets import config as settings
     except ImportError as error:
         raise UserError("parquet needs `datasets`, which is not installed", "data.dataset", INSTALL) from error
+    state = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+    cache = os.path.join(settings.HF_DATASETS_CACHE, "difftrain", state)
     with _no_progress_bars():
         try:
             table = datasets.load_dataset(
-                "parquet", data_files={"train": list(files)}, split="train", keep_in_memory=False
+                "parquet", data_files={"train": list(files)}, split="train", keep_in_memory=False, cache_dir=cache
             )
         except Exception as error:  # whatever its readers raise is about the files
             cause = error.__cause__ or error
@@ -222,6 +230,13 @@ def _converted(want: Wanted, files: Sequence[str]) -> list[str]:
 def _identities(files: Sequence[str]) -> list[Any] | None:
     identities = [file_identity(path) for path in files]
     return None if None in identities else identities
+
+
+def _states(files: Sequence[str]) -> list[Any]:
+    """What tells files from others that are put in their places; any time of change, so that young files are told."""
+    there = [os.stat(path) for path in files]
+    states = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino] for each in there]
+    return [[os.path.realpath(path), *state] for path, state in zip(files, states, strict=True)]
 
 
 def _json(path: str) -> dict[str, Any]:
@@ -285,13 +300,15 @@ def _hub_errors(dataset: str, revision: str | None) -> Iterator[None]:
         raise UserError("the hub has no such data set, nor does a path of this name exist", where, fix) from error
     except errors.LocalEntryNotFoundError as error:
         fix = "download it once without HF_HUB_OFFLINE, or check the network"
-        raise UserError("it is not downloaded, and the hub cannot be reached", where, fix) from error
+        what = "no path of this name exists, it is not downloaded, and the hub cannot be reached"
+        raise UserError(what, where, fix) from error
     except UserError:
         raise
     except Exception as error:  # the HTTP library under the hub's client has changed before
         seen = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "check the network; HF_HUB_OFFLINE=1 reads what was downloaded before"
-        raise UserError(f"the hub cannot be reached: {seen}", where, fix) from error
+        what = f"no path of this name exists, and the hub cannot be reached: {seen}"
+        raise UserError(what, where, fix) from error
 
 
 @contextlib.contextmanager

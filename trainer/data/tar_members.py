@@ -65,9 +65,12 @@ def members(file: BinaryIO, where: str) -> Iterator[Member]:
 
     def take(count: int) -> bytes:
         nonlocal at
-        data = file.read(count)
-        while len(data) < count and (more := file.read(count - len(data))):
-            data += more
+        try:
+            data = file.read(count)
+            while len(data) < count and (more := file.read(count - len(data))):
+                data += more
+        except OSError as error:
+            raise UserError(f"shard cannot be read at byte {at:,}: {error.strerror}", where) from error
         at += len(data)
         if len(data) < count:
             raise UserError(f"the shard is cut off at byte {at:,}", where, FETCH_AGAIN)

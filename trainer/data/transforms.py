@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-TRANSFORM = 1  # counts up when `fit` or `to_tensor` change a pixel, so that caches know
+TRANSFORM = 1  # counts up when `fit`, `to_tensor` or the reading of files change a pixel, so that caches know
 
 
 class View(NamedTuple):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
 from trainer.data.buckets import HELD_OUT, LEFT_OUT, OUT_OF_SCALE
 from trainer.data.captions import possible_captions
+from trainer.data.image_file import MAX_PIXELS, decode
+from trainer.data.looks import forget_look
 from trainer.data.record import Records, Source
 from trainer.data.roll import TRAINED, Roll
 from trainer.data.transforms import TRANSFORM, View
@@ -24,6 +28,7 @@ from trainer.rng import uniform
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
     from torch import Tensor
 
     from trainer.cached.build import Ranks, Wanted
@@ -32,7 +37,47 @@ if TYPE_CHECKING:
     from trainer.models.base import Components, ModelFamily
 
 CAPTIONS_OF_A_RECORD = 2**20  # at most, so that a caption has a number
+MOST_PIXELS = 2**20  # that the VAE encodes at once: 3 GB of an SD VAE's activations in fp32
 EMPTY_CAPTION = -1  # its number, whatever the records
+
+
+class Shown(NamedTuple):
+    """A record in one view, and the key under which what the VAE makes of it is kept."""
+
+    record: int  # its index
+    view: View
+    key: bytes
+
+
+class Pictures:
+    """The pictures of any list of `Shown`, stacked; a data set for a loader, whose workers return their UserErrors."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __getitem__(self, shown: Iterable[Shown]) -> Tensor | UserError:
+        import torch
+
+        from trainer.data.transforms import fit, to_tensor
+
+        try:
+            return torch.stack([to_tensor(fit(self.image(each), each.view)) for each in shown])
+        except UserError as error:
+            return error
+
+    def image(self, shown: Shown) -> Image:
+        """The picture, if it is the one that its key was made of; raises UserError if it is another one by now."""
+        where, data = self.records.where(shown.record), self.records.data(shown.record)
+        if data is None:  # drawn, not stored
+            return self.records.image(shown.record)
+        if shown.key and picture_key(hashlib.sha256(data).hexdigest(), shown.view) != shown.key:
+            forget_look(where)
+            raise UserError("picture changed since it was looked at", where, "start again")
+        try:
+            return decode(io.BytesIO(data), where, 2 * MAX_PIXELS)  # its size was seen to when it was looked at
+        except UserError:
+            forget_look(where)
+            raise
 
 
 @dataclass(frozen=True)
@@ -61,9 +106,9 @@ class Variants:
             return []
         return [self.view(index, variant) for variant in range(1 if code == HELD_OUT else self.count)]
 
-    def shown(self, chunk: Iterable[Wanted]) -> list[tuple[int, View]]:
+    def shown(self, chunk: Iterable[Wanted]) -> list[Shown]:
         """Which record in which view each entry that `wanted_latents` gives stands for."""
-        return [(index, self.view(index, each)) for index, each in (divmod(w.index, self.count) for w in chunk)]
+        return [Shown(w.index // self.count, self.view(*divmod(w.index, self.count)), w.key) for w in chunk]
 
     def view(self, index: int, variant: int) -> View:
         """A function of the record's key and the variant, so that runs share it; of a held-out record its centre."""
@@ -121,16 +166,44 @@ class Job:
         index, which = divmod(number, CAPTIONS_OF_A_RECORD)
         return "" if number == EMPTY_CAPTION else self.captions(index, variants)[which]
 
-    def moments_of(self, shown: Iterable[list[tuple[int, View]]]) -> Iterator[Tensor]:
-        """Mean and standard deviation of the posteriors of each list of views, [n, 2, C, h, w] float32 on the CPU."""
+    def captions_of(self, chunk: Iterable[Wanted], variants: Variants) -> list[str]:
+        """The captions that entries of `wanted_texts` stand for."""
+        return [self.caption(entry.index, variants) for entry in chunk]
+
+    def moments_of(self, shown: Iterable[list[Shown]]) -> Iterator[Tensor]:
+        """Mean and standard deviation of the posteriors of each list of views, [n, 2, C, h, w] float32 on the CPU.
+
+        All views of a list have one size. The VAE is given MOST_PIXELS at once, whatever the ranks and the list.
+        """
         import torch
 
-        from trainer.data.loader import Pictures, read_ahead
+        from trainer.data.loader import read_ahead
 
-        vae = self.vae()
-        with contextlib.closing(read_ahead(Pictures(self.records), shown, self.source.num_workers)) as pictures:
+        vae, ahead = self.vae(), deque[int]()
+
+        def parts() -> Iterator[list[Shown]]:
+            for chunk in shown:
+                size = max(1, MOST_PIXELS // (chunk[0].view.width * chunk[0].view.height))
+                cut = [chunk[start : start + size] for start in range(0, len(chunk), size)]
+                ahead.append(len(cut))
+                yield from cut
+
+        done: list[Tensor] = []
+        with contextlib.closing(read_ahead(Pictures(self.records), parts(), self.source.num_workers)) as pictures:
             for pixels in pictures:
-                yield torch.stack(vae.posterior(pixels.to(self.device)), dim=1).cpu()
+                try:
+                    done.append(torch.stack(vae.posterior(pixels.to(self.device)), dim=1).cpu())
+                except torch.OutOfMemoryError as error:
+                    count, _, height, width = pixels.shape
+                    raise UserError(
+                        f"out of memory encoding {count} pictures of {width} x {height} pixels",
+                        "cache",
+                        "set model.vae_precision=bf16, or lower data.image_size",
+                    ) from error
+                if len(done) == ahead[0]:
+                    ahead.popleft()
+                    yield torch.cat(done)
+                    done = []
 
     def conds_of(self, captions: Iterable[list[str]]) -> Iterator[Tensor]:
         """What the text encoder makes of each list of captions, [n, L, D] float32 on the CPU."""
@@ -146,12 +219,26 @@ class Job:
 class EncodingCache(Part, home="trainer.encoder_cache", default_kind="disk"):
     """Section `cache`: what the frozen encoders answered, kept. Times and noise stay as random as ever."""
 
+    crops: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Random crops kept of each record, one of which is drawn per sample; 1 with data.center_crop.",
+    )
     text: bool = Field(
         default=True, description="Keep the text encoder's outputs too; false, or a trained text encoder, keeps none."
     )
 
     def check(self, source: Source, text_encoder_learns: bool) -> None:
         """Raise UserError if a record gives more pictures or captions than a cache can keep."""
+        if source.center_crop and self.crops > 1:
+            raise UserError("with data.center_crop there is one crop of a record", "cache.crops", "leave it out")
+        if not source.center_crop and self.crops == 1:
+            raise UserError(
+                "a cache of one crop would show every record in one random place for ever",
+                "cache.crops",
+                "keep 2 or more, or set data.center_crop to true",
+            )
         if self.keeps_text(text_encoder_learns) and source.caption_shuffle_tags:
             raise UserError(
                 "a cache cannot keep a caption in every order of its tags",

@@ -43,23 +43,13 @@ class Disk(EncodingCache):
     dtype: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp16", description="How values are kept; one that fp16 cannot hold is an error that names the record."
     )
-    crops: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="Random crops kept of each record, one of which is drawn per sample; with data.center_crop 1.",
-    )
 
     def check(self, source: Source, text_encoder_learns: bool) -> None:
         super().check(source, text_encoder_learns)
-        if source.center_crop and self.crops > 1:
-            raise UserError("with data.center_crop there is one crop of a record", "cache.crops", "leave it out")
-        if not source.center_crop and self.crops == 1:
-            raise UserError(
-                "a cache of one crop would show every record in one random place for ever",
-                "cache.crops",
-                "keep 2 or more, or set data.center_crop to true",
-            )
+        path = Path(os.path.expanduser(self.dir)).absolute()
+        there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        if not there.is_dir():
+            raise UserError(f"{str(there)!r} is not a folder", "cache.dir", "give a folder, which need not exist yet")
 
     def encode(self, job: Job, with_text: bool, ranks: Ranks) -> Encoded:
         from trainer.cached.build import build
@@ -87,7 +77,7 @@ class Disk(EncodingCache):
         build(
             store,
             wanted_texts(job, variants),
-            lambda chunks: job.conds_of([job.caption(entry.index, variants) for entry in chunk] for chunk in chunks),
+            lambda chunks: job.conds_of(job.captions_of(chunk, variants) for chunk in chunks),
             ranks,
             name=lambda entry: f"the caption {job.caption(entry.index, variants)!r}",
         )
@@ -144,14 +134,17 @@ def _write_sizes(folder: Path, sizes: np.ndarray[Any, Any] | None) -> str:
     """The path of a file with the pictures' sizes, named by what it holds."""
     import numpy as np
 
+    from trainer.cached.store import unwritable
     from trainer.cached.tensor_files import write_parts
 
     assert sizes is not None, "rank 0 knows the sizes of the pictures"
     data = np.ascontiguousarray(sizes, "<u4")
     path = folder / "sizes" / f"{hashlib.sha256(data.data).hexdigest()[:32]}"
     try:
+        if path.exists() and path.stat().st_size == data.nbytes and path.read_bytes() == data.tobytes():
+            return str(path)
         path.parent.mkdir(exist_ok=True)
-        write_parts(path, [data.data.cast("B")])  # also if it is there: it may be damaged
+        write_parts(path, [data.data.cast("B")])
     except OSError as error:
-        raise UserError(f"nothing can be written to the cache: {error.strerror}", str(path.parent)) from error
+        raise unwritable(error, path.parent) from error
     return str(path)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.record import Source
 from trainer.data.transforms import View
 from trainer.encoder_cache.base import EncodingCache, Job, Variants, caption_key, wanted_latents, wanted_texts
 from trainer.errors import UserError
@@ -22,35 +22,29 @@ class Memory(EncodingCache):
 
     kind = "memory"
 
-    def check(self, source: Source, text_encoder_learns: bool) -> None:
-        super().check(source, text_encoder_learns)
-        if not source.center_crop:
-            raise UserError(
-                "a cache in memory keeps one crop of a record, not a random one",
-                "data.center_crop",
-                "set it to true, or keep several crops on disk: cache.kind=disk",
-            )
-
     def encode(self, job: Job, with_text: bool, ranks: Ranks) -> Encoded:
-        variants = job.variants(crops=1)
-        wanted: dict[tuple[int, ...], list[Wanted]] = {}
-        for entry in wanted_latents(job, variants, ("" for _ in range(len(job.records)))):
-            wanted.setdefault(entry.shape, []).append(entry)
-        texts = list({entry.key: entry for entry in wanted_texts(job, variants)}.values()) if with_text else []
-        _refuse_if_too_large([*(entry for some in wanted.values() for entry in some), *texts], ranks)
-        started = time.monotonic()
+        return in_memory(job, self.crops, with_text, ranks)
 
-        moments = {}
-        for some in wanted.values():
-            moments |= _shared(some, lambda chunks: job.moments_of(map(variants.shown, chunks)), ranks)
-        conds = _shared(
-            texts, lambda chunks: job.conds_of([job.caption(w.index, variants) for w in c] for c in chunks), ranks
-        )
-        sizes = ranks.from_main(lambda: job.sizes)
-        ranks.say(f"cache  encoded in {time.monotonic() - started:.0f} s")
-        by_key = {entry.key: conds[entry.index] for entry in texts}
-        assert sizes is not None, "rank 0 knows the sizes of the pictures"
-        return InMemory(variants, moments, by_key if with_text else None, sizes)
+
+def in_memory(job: Job, crops: int, with_text: bool, ranks: Ranks) -> InMemory:
+    """All that `job` wants, encoded by all ranks, in the memory of each; raises UserError if it does not fit."""
+    variants = job.variants(crops)
+    wanted: dict[tuple[int, ...], list[Wanted]] = {}
+    for entry in wanted_latents(job, variants, ("" for _ in range(len(job.records)))):
+        wanted.setdefault(entry.shape, []).append(replace(entry, key=b""))  # nothing is kept under a key
+    texts = list({entry.key: entry for entry in wanted_texts(job, variants)}.values()) if with_text else []
+    everything = [*(entry for some in wanted.values() for entry in some), *texts]
+    ranks.from_main(lambda: _refuse_if_too_large(everything, ranks))
+    started = time.monotonic()
+    moments = {}
+    for some in wanted.values():
+        moments |= _shared(some, lambda chunks: job.moments_of(map(variants.shown, chunks)), ranks)
+    conds = _shared(texts, lambda chunks: job.conds_of(job.captions_of(chunk, variants) for chunk in chunks), ranks)
+    sizes = ranks.from_main(lambda: job.sizes)
+    ranks.say(f"cache  encoded in {time.monotonic() - started:.0f} s")
+    by_key = {entry.key: conds[entry.index] for entry in texts}
+    assert sizes is not None, "rank 0 knows the sizes of the pictures"
+    return InMemory(variants, moments, by_key if with_text else None, sizes)
 
 
 class InMemory:
@@ -78,7 +72,7 @@ class InMemory:
 def _refuse_if_too_large(wanted: list[Wanted], ranks: Ranks) -> None:
     import psutil
 
-    size = sum(4 * math.prod(entry.shape) for entry in wanted)
+    size = sum(4 * math.prod(entry.shape) for entry in wanted) * ranks.local_world_size  # each rank has a whole copy
     free = psutil.virtual_memory().available
     if size > free // 2:
         raise UserError(
@@ -94,12 +88,9 @@ def _shared(wanted: list[Wanted], encode: Encode, ranks: Ranks) -> dict[int, Ten
     from trainer.cached.build import CHUNK
 
     chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
-    shares, ranks_ = (
-        ranks.gather(list(encode(chunks[ranks.rank :: ranks.world_size])) if chunks else []),
-        ranks.world_size,
-    )
+    shares = ranks.gather(list(encode(chunks[ranks.rank :: ranks.world_size])) if chunks else [])
     found = {}
     for number, chunk in enumerate(chunks):
-        values = shares[number % ranks_][number // ranks_]
+        values = shares[number % ranks.world_size][number // ranks.world_size]
         found |= {entry.index: value for entry, value in zip(chunk, values, strict=True)}
     return found

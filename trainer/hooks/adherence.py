@@ -115,7 +115,9 @@ class Adherence(CollectiveHook):
         sampler = replace(sampler, components=components, at_once=AT_ONCE)
         with training.runtime.autocast():
             seen = self._asked(training)["seen"]
-            return shares_right(seen, self._answers(training, sampler, seen))
+            shares = shares_right(seen, self._answers(training, sampler, seen))
+        training.encoders.rest()
+        return shares
 
     def _write(self, training: Training, untrained: dict[str, float]) -> None:
         from trainer.adherence import chance

@@ -72,7 +72,7 @@ def truth_hooks(checked: Preflight, training: Training, start: Found | None) -> 
         ),
         Metrics(),
         BadSamples(
-            left_out=tuple((checked.records[record].key, reason) for record, reason in checked.surveyed.call.left_out)
+            left_out=tuple((checked.records[record].key, reason) for record, reason in checked.seen.call.left_out)
         ),
     ]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from trainer.data.folder import BadNameError, Folder, relative_name
+from trainer.data.folder import BadNameError, Folder, leads_out, relative_name
 from trainer.data.image_file import MAX_PIXELS, REPLACE
-from trainer.data.index import Index, IndexedRecords, Row, indexed
+from trainer.data.index import Index, IndexedRecords, Row, indexed, no_columns, usable
 from trainer.data.looks import look_at_each
 from trainer.data.metadata import Problems, shown
-from trainer.data.record import Look, Source, caption_fault, silent
+from trainer.data.record import Look, Source, silent
 from trainer.data.stored import Stored, Wanted, find
 from trainer.errors import UserError
 
@@ -68,7 +68,7 @@ class HuggingFace(Source):
         known = stored.identity is not None
         index = indexed({"rows": identity} if known else None, _row_columns, lambda: self._rows(stored))
         named = {"files": [identity, stored.arrow]} if known else None
-        files = indexed(named, _no_columns, lambda: map(_file, stored.arrow))
+        files = indexed(named, no_columns, lambda: map(_file, stored.arrow))
         if not len(index):
             raise UserError("the data set has no row", self.dataset, "see data.split")
         return HuggingFaceRecords(self, index, files, stored)
@@ -93,9 +93,9 @@ class HuggingFace(Source):
                 if not key:
                     problems.add(number, f"column {self.key_column!r} is empty")
                 texts = [] if text is None else [text] if isinstance(text, str) else [each or "" for each in text]
-                fault = caption_fault(texts)
+                kept, fault = usable(texts)
                 told = f"{self.dataset}: row {number}, {shown(key)}: {fault}" if fault else None
-                yield {"key": key, "captions": texts, "caption_fault": told, "file": path and os.path.normpath(path)}
+                yield {"key": key, "captions": kept, "caption_fault": told, "file": path and os.path.normpath(path)}
             before += len(batch)
         problems.raise_any(
             "mend the data set; the numbers are its rows, from 0. `save_to_disk` stores pictures in the rows"
@@ -180,8 +180,12 @@ class HuggingFaceRecords(IndexedRecords):
         file = self.index.table["file"][index].as_py()
         if file is None:
             raise UserError("the row holds no picture", self.where(index), "remove the row")
+        path = os.path.join(self.root, file)
+        if leads_out(self.root, path):  # it may have become a link since it was indexed
+            what = "picture is a link that leaves the data set's folder"
+            raise UserError(what, self.where(index), REPLACE)
         try:
-            with open(os.path.join(self.root, file), "rb") as opened:
+            with open(path, "rb") as opened:
                 return opened.read()
         except OSError as error:
             raise UserError(f"picture cannot be read: {error.strerror}", self.where(index), REPLACE) from error
@@ -260,12 +264,6 @@ def _unlike(key: str, seen: dict[str, int], number: int) -> str:
         copy += 1
     seen[named] = number
     return named
-
-
-def _no_columns() -> Schema:
-    import pyarrow as pa
-
-    return pa.schema([])
 
 
 def _row_columns() -> Schema:

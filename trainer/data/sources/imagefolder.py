@@ -1,28 +1,30 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import json
 import os
 import shlex
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
-from trainer.data.folder import Folder, Found, relative_name
+from trainer.data.folder import Folder, Found, leads_out, relative_name
 from trainer.data.image_file import MAX_PIXELS, REPLACE, SUFFIXES
-from trainer.data.index import Index, IndexedRecords, Row, file_identity, indexed
-from trainer.data.looks import look_at_files
+from trainer.data.index import Index, IndexedRecords, Row, file_identity, indexed, no_columns, usable
+from trainer.data.looks import NOTHING, look_at_files
 from trainer.data.metadata import Problems, rows, shown
 from trainer.data.record import Look, Source, caption_fault, silent
 from trainer.errors import UserError
 
-if TYPE_CHECKING:
-    from pyarrow import Schema
-
 NAMED_MISSING = 5
 NOT_READ: dict[Found, str] = {"outside": "is a link that leaves data_root", "not a file": "is not a regular file"}
+OUTSIDE = f"picture {NOT_READ['outside']}"
 METADATA = ("metadata.jsonl", "metadata.csv")
+TEXT_SUFFIXES = tuple(map("".join, itertools.product(".", "tT", "xX", "tT")))  # .txt before all others
 
 
 class ImageFolder(Source):
@@ -50,12 +52,12 @@ class ImageFolder(Source):
         folder = _folder(self.data_root)
         metadata = self._metadata(folder)
         if metadata is None:
-            index = indexed(None, _no_columns, lambda: self._rows_of_sidecars(folder))
+            index = indexed(None, no_columns, lambda: self._rows_of_sidecars(folder))
         else:
             there = file_identity(metadata)
             columns = [self.caption_column, self.image_column, self.on_bad]
             identity = {"imagefolder": folder.root, "metadata": there, "columns": columns} if there else None
-            index = indexed(identity, _no_columns, lambda: self._rows_of(metadata, folder))
+            index = indexed(identity, no_columns, lambda: self._rows_of(metadata, folder))
         if not len(index):
             raise UserError("the metadata lists no picture", metadata, self._example())
         return ImageFolderRecords(folder.root, index, self.max_pixels)
@@ -87,9 +89,9 @@ class ImageFolder(Source):
                 problems.add(line, f"{shown(key)} {NOT_READ[found]}")
             if absent:
                 captionless.append((line, absent))
-            fault = absent or caption_fault(captions)
-            told = f"{metadata}:{line}: {shown(key)}: {fault}" if fault else None
-            yield {"key": key, "captions": _storable(captions), "caption_fault": told}
+            kept, fault = usable(captions)
+            told = f"{metadata}:{line}: {shown(key)}: {absent or fault}" if fault else None
+            yield {"key": key, "captions": kept, "caption_fault": told}
         if captionless and len(captionless) == len(first_line):  # not captions that are missing, but another column
             for line, absent in captionless:
                 problems.add(line, absent)
@@ -100,22 +102,23 @@ class ImageFolder(Source):
     def _rows_of_sidecars(self, folder: Folder) -> Iterator[Row]:
         """One row a picture below the folder, by name; its captions are the lines of the `.txt` beside it."""
         for key in _pictures(folder):
-            stem = os.path.splitext(key)[0]
-            captions: tuple[str, ...] = ()
-            if folder.find(f"{stem}.txt") == "file":
-                with open(os.path.join(folder.root, f"{stem}.txt"), "rb") as file:
-                    text = file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-                captions = tuple(line.strip() for line in text.splitlines() if line.strip())
-            fault = caption_fault(captions)
-            told = f"{shown(key)}: {fault} in {os.path.basename(stem)}.txt" if fault else None
-            yield {"key": key, "captions": _storable(captions), "caption_fault": told}
+            beside, found = _beside(folder, key)
+            name = os.path.basename(beside)
+            if found == "file":
+                kept, fault = usable(_lines(os.path.join(folder.root, beside)))
+                told = f"{shown(key)}: {fault} in {name}" if fault else None
+            else:
+                kept, told = [], f"{shown(key)}: there is no {name}"
+                if found != "missing":
+                    told = f"{shown(key)}: there is no caption: {name} {NOT_READ[found]}"
+            yield {"key": key, "captions": kept, "caption_fault": told}
 
     def _metadata(self, folder: Folder) -> str | None:
         """The path of the one metadata file; None if captions stand beside their pictures instead."""
         there = [name for name in METADATA if folder.find(name) != "missing"]
         if len(there) == 2:
             raise UserError("there are both metadata.jsonl and metadata.csv", self.data_root, "keep one of them")
-        if not there and any(folder.find(f"{os.path.splitext(key)[0]}.txt") == "file" for key in _pictures(folder)):
+        if not there and any(_beside(folder, key)[1] == "file" for key in _pictures(folder)):
             return None
         if not there:
             full = os.listdir(folder.root)
@@ -175,6 +178,8 @@ class ImageFolderRecords(IndexedRecords):
 
     def data(self, index: int) -> bytes:
         path = self.where(index)
+        if leads_out(self._root, path):  # it may have become a link since it was indexed
+            raise UserError(OUTSIDE, path, REPLACE)
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -182,14 +187,43 @@ class ImageFolderRecords(IndexedRecords):
             raise UserError(f"picture cannot be read: {error.strerror}", path, REPLACE) from error
 
     def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
-        paths = (os.path.join(self._root, key.as_py()) for key in self.index.table["key"])
-        return look_at_files(paths, len(self), self.max_pixels, fresh, say)
+        @functools.cache
+        def real(directory: str) -> str:  # there are few directories
+            return os.path.realpath(directory)
+
+        outside = deque[bool]()  # of each record whose look is still to come
+
+        def inside() -> Iterator[str]:
+            for key in self.index.table["key"]:
+                path = os.path.join(self._root, key.as_py())
+                outside.append(leads_out(self._root, path, real))
+                if not outside[-1]:
+                    yield path
+
+        for look in look_at_files(inside(), len(self), self.max_pixels, fresh, say):
+            while outside.popleft():
+                yield Look(NOTHING, 0, 0, OUTSIDE)
+            yield look
+        yield from (Look(NOTHING, 0, 0, OUTSIDE) for _ in outside)
 
 
-def _no_columns() -> Schema:
-    import pyarrow as pa
+def _beside(folder: Folder, key: str) -> tuple[str, Found]:
+    """The name of the text file beside a picture, and what it stands for."""
+    names = [os.path.splitext(key)[0] + suffix for suffix in TEXT_SUFFIXES]
+    for name in names:
+        if (found := folder.find(name)) != "missing":
+            return name, found
+    return names[0], "missing"
 
-    return pa.schema([])
+
+def _lines(path: str) -> list[str]:
+    """The lines of a text file that have words."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"the captions cannot be read: {error.strerror}", path, "see its permissions") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _pictures(folder: Folder) -> Iterator[str]:
@@ -210,11 +244,6 @@ def _string(value: Any, column: str, part: str = "") -> str:
     if not isinstance(value, str):
         raise ValueError(f"{part}column {column!r} is {shown(value)}, not a string")
     return value
-
-
-def _storable(captions: tuple[str, ...]) -> list[str]:
-    """Captions as the index can hold them: what is not UTF-8 is replaced, and `caption_fault` says so."""
-    return [caption.encode("utf-8", "replace").decode() for caption in captions]
 
 
 def _missing(missing: list[tuple[int, str]], records: int) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.image_file import MAX_PIXELS, SUFFIXES
-from trainer.data.index import Index, IndexedRecords, Row, indexed
+from trainer.data.index import Index, IndexedRecords, Row, indexed, usable
 from trainer.data.looks import ANNOUNCED_AFTER_SECONDS, SAID_EVERY_SECONDS, cache_folder, look_at, look_at_each
 from trainer.data.metadata import shown
 from trainer.data.record import Look, Source, caption_fault, silent
-from trainer.data.shards import Option, Shard, Storage, check_options, check_url, locked, protocol
+from trainer.data.shards import Option, Shard, SourceError, Storage, check_options, check_url, locked, protocol
 from trainer.data.tar_members import Member, members
 from trainer.errors import UserError
 
@@ -192,21 +193,19 @@ class WebDataset(Source):
         digest = hashlib.sha256()
         for piece in member.chunks():
             digest.update(piece)
-        done: Future[Look] = Future()
         fault = f"picture of {member.size:,} bytes is over the limit of {MAX_PICTURE_BYTES:,}"
-        done.set_result(Look(digest.hexdigest(), 0, 0, fault))
-        return done
+        return pool.submit(Look, digest.hexdigest(), 0, 0, fault)
 
     def _row(self, sample: _Sample) -> Row:
         assert sample.picture is not None
         assert sample.look is not None
         captions, fault, absent = self._captions(sample.texts)
         look, key = sample.look.result(), sample.picture.name
-        fault = fault or caption_fault(captions)
+        kept, unusable = usable(captions)
         return {
             "key": key,
-            "captions": [caption.encode("utf-8", "replace").decode() for caption in captions],
-            "caption_fault": fault,
+            "captions": kept,
+            "caption_fault": fault or unusable,
             "absent": absent,
             "offset": sample.picture.offset,
             "size": sample.picture.size,
@@ -289,10 +288,25 @@ class WebDatasetRecords(IndexedRecords):
 
     def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
         if fresh:
-            yield from look_at_each(self._stored, len(self), self.max_pixels, say)
+            yield from self._fresh_looks(say)
             return
         for batch in self.index.table.select(["content", "width", "height", "fault"]).to_batches():
             yield from (Look(*row.values()) for row in batch.to_pylist())
+
+    def _fresh_looks(self, say: Callable[[str], None]) -> Iterator[Look]:
+        failed: list[SourceError] = []
+
+        def stored(index: int) -> bytes:
+            try:
+                return self._stored(index)
+            except SourceError as error:
+                failed.append(error)
+                raise
+
+        for look in look_at_each(stored, len(self), self.max_pixels, say):
+            if failed:  # which a look would take for a picture that cannot be read
+                raise failed[0]
+            yield look
 
     def provenance(self) -> dict[str, Any]:
         return {"shards": len(self.shards)}
@@ -316,7 +330,8 @@ class _Progress:
 
     def __init__(self, shards: Sequence[Shard]):
         self.total = sum(shard.size for shard in shards)
-        self.before = dict(zip((shard.url for shard in shards), _running(shard.size for shard in shards), strict=True))
+        sums = itertools.accumulate((shard.size for shard in shards), initial=0)
+        self.before = dict(zip((shard.url for shard in shards), sums, strict=False))
         self.said = time.monotonic() - SAID_EVERY_SECONDS + ANNOUNCED_AFTER_SECONDS
 
     def reached(self, shard: Shard, offset: int) -> None:
@@ -326,14 +341,6 @@ class _Progress:
             read = (self.before[shard.url] + offset) / 1e9
             line = f"data   indexing shards, {read:.1f} of {self.total / 1e9:.1f} GB; the next start does without"
             print(line, file=sys.stderr, flush=True)
-
-
-def _running(sizes: Iterator[int]) -> Iterator[int]:
-    """The sum of all sizes before each."""
-    total = 0
-    for size in sizes:
-        yield total
-        total += size
 
 
 def expanded(pattern: str) -> Iterator[str]:
