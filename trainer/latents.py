@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from trainer.data.transforms import as_float
+
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor
@@ -47,7 +49,7 @@ class OnlineVae(Posterior):
 
     def latents(self, batch: Batch) -> Tensor:
         assert batch.pixels is not None, "a batch without pictures is for CachedLatents"
-        return self.encode(batch.pixels, batch.posterior_eps)
+        return self.encode(as_float(batch.pixels), batch.posterior_eps)
 
     def encode(self, pixels: Tensor, posterior_eps: Tensor) -> Tensor:
         """A sample of the posterior, [B, C, h, w] float32, from pixels [B, 3, H, W] and its noise [B, C, h, w]."""

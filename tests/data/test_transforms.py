@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.data.transforms import View, box, fit, size_condition, to_tensor
+from trainer.data.transforms import View, as_float, box, fit, size_condition, to_pixels, to_tensor
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -122,3 +122,9 @@ def test_the_size_condition_is_what_sdxl_was_trained_with():
     # 1000 x 500 resized to cover 256 x 256 is 512 x 256, of which the crop at u = 0.25 starts at column 64.
     assert size_condition((1000, 500), View(256, 256, 0.25, 0.5, flip=False)) == [500, 1000, 0, 64, 256, 256]
     assert size_condition((500, 1000), View(256, 256, 0.5, 0.25, flip=True)) == [1000, 500, 64, 0, 256, 256]
+
+
+def test_pixels_are_bytes_until_they_are_asked_for_as_floats():
+    pixels = to_pixels(noise(5, 4))
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 4, 5))
+    assert torch.equal(as_float(torch.stack([pixels, pixels]))[1], to_tensor(noise(5, 4)))

@@ -24,6 +24,7 @@ checkpoint: {every_steps: 2}
 """
 PLUGIN = """\
 import os, signal, time
+from trainer.data.sources.shapes import ShapeRecords
 from trainer.hooks import checkpointing
 from trainer.objectives.flow import Flow
 
@@ -39,11 +40,14 @@ class Unlucky(Flow):
                 file.write(str(time.time()))
             if fate == "raises":
                 raise ValueError("no luck today")
-            if fate == "disk_is_slow":
+            if fate in ("disk_is_slow", "pictures_are_slow"):
                 return super().loss(pred, target)
             os.kill(os.getpid(), {"stops": signal.SIGSTOP, "is_killed": signal.SIGKILL}[fate])
         return super().loss(pred, target)
 
+if os.environ["FATE"].startswith("pictures_are_slow"):
+    looks = ShapeRecords.looks
+    ShapeRecords.looks = lambda self, *all, **more: (time.sleep(9), looks(self, *all, **more))[1]
 if os.environ["FATE"].startswith("disk_is_slow"):
     save = checkpointing.save_checkpoint
     checkpointing.save_checkpoint = lambda *all: (time.sleep(9), save(*all))[1]
@@ -113,4 +117,11 @@ def test_ranks_wait_for_a_rank_0_that_saves_longer_than_the_time_out(folder: Pat
     code, said = start(folder, "run", *more, ranks=2, FATE="disk_is_slow 0")
     assert code == 0, said
     assert RunDir(folder / "run").checkpoint_steps() == [2, 4], "one saved in the background, one at the end"
+    assert manifest(folder / "run")["status"]["state"] == "done"
+
+
+def test_ranks_wait_for_a_rank_0_that_looks_at_pictures_longer_than_the_time_out(folder: Path):
+    more = ["train.collective_timeout_seconds=5", "train.max_steps=2"]
+    code, said = start(folder, "run", *more, ranks=2, FATE="pictures_are_slow 0")
+    assert code == 0, said
     assert manifest(folder / "run")["status"]["state"] == "done"

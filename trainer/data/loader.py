@@ -17,7 +17,7 @@ from trainer.data.plan import Plan
 from trainer.data.record import Records, Source
 from trainer.data.shards import SourceError
 from trainer.data.topology import Topology
-from trainer.data.transforms import View, fit, size_condition, to_tensor
+from trainer.data.transforms import View, fit, size_condition, to_pixels
 from trainer.errors import UserError
 from trainer.rng import normal, uniform
 
@@ -67,7 +67,7 @@ class Batch:
     digest: int  # of slots, keys and captions; the sum of them over ranks and micro batches names what a step was fed
     captions_cut: int  # captions too long for the text encoder
     substitutes: list[Substitute]
-    pixels: Tensor | None  # [B, 3, H, W] float32 in [-1, 1]; None if the latents come from a cache
+    pixels: Tensor | None  # [B, 3, H, W] uint8; None if the latents come from a cache
     moments: Tensor | None  # [B, 2, C, h, w] float32 from the cache: mean and standard deviation of the posterior
     text: Tensor  # [B, chunks, 77] int64 token ids, or from the cache [B, L, D] float32, what the UNet attends to
     sizes: Tensor  # [B, 6] int64: original height and width, crop top and left, height and width, as SDXL is told
@@ -194,7 +194,7 @@ class Samples(torch.utils.data.Dataset[Any]):
                 raise
             except UserError as error:
                 raise UnreadableError(error.what, error.where, error.fix) from error
-            return to_tensor(fit(image, view)), size_condition(image.size, view)
+            return to_pixels(fit(image, view)), size_condition(image.size, view)
         moments, view, size = self.encoded.moments(index, uniform(self.seed, "variant", slot), self._flip(slot))
         return moments, size_condition(size, view)
 

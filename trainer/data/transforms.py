@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-TRANSFORM = 1  # counts up when `fit`, `to_tensor` or the reading of files change a pixel, so that caches know
+TRANSFORM = 1  # counts up when `fit`, `as_float` or the reading of files change a pixel, so that caches know
 
 
 class View(NamedTuple):
@@ -57,11 +57,22 @@ def size_condition(size: tuple[int, int], view: View) -> list[int]:
     return [size[1], size[0], round(top * scale), round(left * scale), view.height, view.width]
 
 
-def to_tensor(image: Image) -> Tensor:
-    """An RGB picture as [3, H, W] float32 in [-1, 1]."""
+def to_pixels(image: Image) -> Tensor:
+    """An RGB picture as [3, H, W] uint8: a quarter of the bytes that workers would hand over as floats."""
     import numpy as np
     import torch
 
     assert image.mode == "RGB", f"a picture of mode {image.mode}"
-    pixels = torch.from_numpy(np.array(image))  # np.array copies: the picture's own buffer is read-only
-    return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # np.array copies: the picture's own buffer is read-only
+
+
+def as_float(pixels: Tensor) -> Tensor:
+    """Pixels [..., H, W] uint8 as the VAE takes them: float32 in [-1, 1], on their device."""
+    import torch
+
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def to_tensor(image: Image) -> Tensor:
+    """An RGB picture as [3, H, W] float32 in [-1, 1]."""
+    return as_float(to_pixels(image))

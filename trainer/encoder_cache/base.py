@@ -21,7 +21,7 @@ from trainer.data.image_file import MAX_PIXELS, decode
 from trainer.data.looks import forget_look
 from trainer.data.record import Records, Source
 from trainer.data.roll import TRAINED, Roll
-from trainer.data.transforms import TRANSFORM, View
+from trainer.data.transforms import TRANSFORM, View, as_float
 from trainer.errors import UserError
 from trainer.registry import Part
 from trainer.rng import uniform
@@ -58,10 +58,10 @@ class Pictures:
     def __getitem__(self, shown: Iterable[Shown]) -> Tensor | UserError:
         import torch
 
-        from trainer.data.transforms import fit, to_tensor
+        from trainer.data.transforms import fit, to_pixels
 
         try:
-            return torch.stack([to_tensor(fit(self.image(each), each.view)) for each in shown])
+            return torch.stack([to_pixels(fit(self.image(each), each.view)) for each in shown])
         except UserError as error:
             return error
 
@@ -192,7 +192,7 @@ class Job:
         with contextlib.closing(read_ahead(Pictures(self.records), parts(), self.source.num_workers)) as pictures:
             for pixels in pictures:
                 try:
-                    done.append(torch.stack(vae.posterior(pixels.to(self.device)), dim=1).cpu())
+                    done.append(torch.stack(vae.posterior(as_float(pixels.to(self.device))), dim=1).cpu())
                 except torch.OutOfMemoryError as error:
                     count, _, height, width = pixels.shape
                     raise UserError(
