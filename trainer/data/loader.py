@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
+from torch.utils.data import default_collate
 
 from trainer.data.captions import caption_of
 from trainer.data.plan import Plan
@@ -122,7 +123,7 @@ class Samples(torch.utils.data.Dataset[Any]):
         tokens, cut = self.tokenize(captions)
         conds = [] if self.encoded is None else [self.encoded.cond(caption) for caption in captions]
         shape = self.latent_shape(*self.size(slots[0]))
-        stacked = torch.stack([tensor for _, tensor, _ in samples])
+        stacked = default_collate([tensor for _, tensor, _ in samples])  # in a worker straight into shared memory
         return Batch(
             slots=slots,
             keys=keys,
@@ -132,9 +133,7 @@ class Samples(torch.utils.data.Dataset[Any]):
             substitutes=substitutes,
             pixels=stacked if self.encoded is None else None,
             moments=None if self.encoded is None else stacked,
-            text=torch.stack([cond for cond in conds if cond is not None])
-            if conds and conds[0] is not None
-            else tokens,
+            text=default_collate(conds) if conds and conds[0] is not None else tokens,
             sizes=torch.tensor([sizes for *_, sizes in samples]),
             t=torch.tensor(self.timesteps.draw(self.seed, slots, self.global_batch), dtype=torch.float32),
             eps=normal(self.seed, "noise", slots, shape),

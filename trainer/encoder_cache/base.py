@@ -56,12 +56,12 @@ class Pictures:
         self.records = records
 
     def __getitem__(self, shown: Iterable[Shown]) -> Tensor | UserError:
-        import torch
+        from torch.utils.data import default_collate
 
         from trainer.data.transforms import fit, to_pixels
 
         try:
-            return torch.stack([to_pixels(fit(self.image(each), each.view)) for each in shown])
+            return default_collate([to_pixels(fit(self.image(each), each.view)) for each in shown])
         except UserError as error:
             return error
 
