@@ -44,6 +44,7 @@ def test_a_run_ends_with_the_shares_for_seen_and_held_out_combinations(write_con
     assert measured[-1]["adherence_held_out_background"] == report["held_out"]["background"]
 
 
+@pytest.mark.slow
 def test_the_shares_are_a_function_of_the_run_whether_it_was_interrupted_or_not(write_config: Write, tmp_path: Path):
     config = write_config(CONFIG)
     assert train(config, tmp_path / "whole") == 0

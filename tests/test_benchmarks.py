@@ -27,6 +27,7 @@ def benchmark(name: str, file: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.text2image
 def test_loop_tax_compares_three_loops_that_compute_the_same(tmp_path):
     result = benchmark(

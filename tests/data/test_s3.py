@@ -93,7 +93,7 @@ class Reading:
         return self.records[index].key, self.records.image(index).tobytes(), os.getpid()
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers_read_from_s3_after_their_parent_did(endpoint, bucket, start):
     from torch.utils.data import DataLoader
 

@@ -256,6 +256,7 @@ def test_a_full_cache_is_not_written_to(config: Path, tmp_path: Path, monkeypatc
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_cached_run_with_buckets_resumes_to_the_bit_and_agrees_with_one_that_encodes_on_the_fly(
     config: Path, tmp_path: Path
 ):

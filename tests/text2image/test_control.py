@@ -94,6 +94,7 @@ def test_stop_ends_a_job_after_its_step_with_everything_saved_and_exit_75(run: P
     assert not list(run.glob("*.request"))
 
 
+@pytest.mark.slow
 def test_save_makes_a_checkpoint_and_the_job_goes_on(run: Path):
     with job([sys.executable, *arguments(run)], run) as process:
         assert difftrain("save", str(run)).returncode == 0
@@ -112,6 +113,7 @@ def test_a_folder_without_a_job_is_refused(tmp_path: Path, command: str):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_folder_of_a_running_one_is_refused_and_told_by_whom(run: Path):
     with job([sys.executable, *arguments(run)], run) as process:
         for more in (["--resume", "auto"], []):
@@ -131,6 +133,7 @@ def test_a_second_run_into_the_folder_of_a_running_one_is_refused_and_told_by_wh
     assert steps(run) == 2
 
 
+@pytest.mark.slow
 def test_usr1_saves_and_ends_as_sigterm_does(run: Path):
     with job([sys.executable, *arguments(run)], run) as process:
         process.send_signal(signal.SIGUSR1)
@@ -138,6 +141,7 @@ def test_usr1_saves_and_ends_as_sigterm_does(run: Path):
     assert saved(run) == [steps(run)]
 
 
+@pytest.mark.slow
 def test_a_job_whose_output_nobody_reads_any_more_trains_on_and_stops_as_asked(run: Path):
     with job([sys.executable, *arguments(run)], run) as process:
         assert process.stdout is not None
@@ -149,6 +153,7 @@ def test_a_job_whose_output_nobody_reads_any_more_trains_on_and_stops_as_asked(r
     assert saved(run) == [steps(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amid_a_save", [False, True])
 def test_a_second_signal_ends_it_at_once_and_leaves_no_partial_file(run: Path, amid_a_save: bool):
     big = ["--set", "checkpoint.every_steps=4", "model.unet_channels=[256,256]"]  # 0.1 s or more for a save
@@ -164,6 +169,7 @@ def test_a_second_signal_ends_it_at_once_and_leaves_no_partial_file(run: Path, a
     assert all(fault_of(RunDir(run), step) is None for step in saved(run))
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_launcher_is_terminated_saves_and_ends(run: Path):
     launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     with job([*LAUNCHER, *launch, *arguments(run)], run) as launcher:
@@ -177,6 +183,7 @@ def test_a_trainer_whose_launcher_is_terminated_saves_and_ends(run: Path):
     assert saved(run) == [steps(run)]
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_shell_ends_trains_on(run: Path):
     command = " ".join([sys.executable, *arguments(run), ">", str(run.parent / "log"), "2>&1", "& echo $!"])
     shell = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
@@ -189,6 +196,7 @@ def test_a_trainer_whose_shell_ends_trains_on(run: Path):
         os.kill(trainer, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_request_left_for_the_run_before_does_not_stop_the_next(run: Path):
     run.mkdir()
     (run / "stop.request").touch()

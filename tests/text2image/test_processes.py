@@ -112,7 +112,7 @@ def test_an_uninstalled_checkout_trains_through_accelerate_launch(config, tmp_pa
     assert len(metrics(tmp_path / "run")) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_exits_75_and_auto_goes_on(config, tmp_path, number):
     command = [sys.executable, str(TRAIN), "--config", str(config), "--output-dir", "run", "--resume", "auto"]
     more = ["--set", "checkpoint.every_steps=100000", "train.log_every=1", "data.num_workers=1"]

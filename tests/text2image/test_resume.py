@@ -35,6 +35,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one_bit_for_bit(con
     assert metrics(whole) == metrics(broken)
 
 
+@pytest.mark.slow
 def test_training_a_text_encoder_in_bf16_resumes_exactly_too(config, tmp_path):
     options = ["--set", "model.train_text_encoder=true", "train.precision=bf16", "objective.kind=flow"]
     assert train(config, tmp_path / "whole", *options) == 0
