@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from trainer.adherence import WORDS
 from trainer.cli import main
 
