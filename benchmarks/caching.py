@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import conclude
-from loading import make_pictures, own_caches
+from comparison import conclude, own_caches
+from loading import make_pictures
 from startup import DIFFTRAIN, environment
 
 from trainer.run.metrics import read as read_metrics
@@ -76,7 +76,7 @@ def start(config: Path, compare: bool, seed: int) -> dict[str, Any]:
     import torch
 
     from trainer.config_file import load_config
-    from trainer.data.transforms import View, fit, to_tensor
+    from trainer.data.transforms import View, as_float, fit, to_pixels
     from trainer.preflight import preflight
     from trainer.runtime import Runtime
     from trainer.training import Encoders, encoded
@@ -101,7 +101,8 @@ def start(config: Path, compare: bool, seed: int) -> dict[str, Any]:
     if compare:
         side = loaded.config.data.image_size
         centre = View(side, side, 0.5, 0.5, flip=False)
-        pictures = [to_tensor(fit(checked.records.image(index), centre)) for index in range(len(checked.records))]
+        images = map(checked.records.image, range(len(checked.records)))
+        pictures = [as_float(to_pixels(fit(image, centre))) for image in images]
         pixels = [torch.stack(pictures[first : first + BATCH]) for first in range(0, len(pictures), BATCH)]
         captions = list(dict.fromkeys(each for record in checked.records for each in record.captions))
         vae, text_encoder = encoders.vae(), encoders.text_encoder()

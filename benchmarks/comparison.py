@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ def add_step_arguments(parser: argparse.ArgumentParser, timed: str) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every ratio included")
+
+
+@contextmanager
+def own_caches(folder: Path) -> Iterator[None]:
+    """Within it nothing is remembered in the user's cache folders, and nothing from there is used."""
+    before = dict(os.environ)
+    os.environ |= {"XDG_CACHE_HOME": str(folder / "xdg"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def circumstances(arguments: Sequence[str]) -> dict[str, Any]:

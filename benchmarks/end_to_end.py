@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import conclude
-from loading import make_pictures, own_caches
+from comparison import conclude, own_caches
+from loading import make_pictures
 from startup import DIFFTRAIN, environment
 
 NAMES = ("script", "script again", "difftrain", "difftrain, cache")

@@ -28,6 +28,7 @@ from trainer import loop
 from trainer.config import Config
 from trainer.config_file import LoadedConfig
 from trainer.control import Control
+from trainer.data.captions import caption_of
 from trainer.data.loader import Samples
 from trainer.hooks.checkpointing import copied
 from trainer.hooks.metrics import Metrics
@@ -174,7 +175,7 @@ def loader_draws(samples: Samples, slots: Sequence[int]) -> None:
     source, seed = samples.source, samples.seed
     for slot in slots:
         index = samples.plan.record(slot)
-        samples.caption(slot, index)
+        caption_of(source, samples.records[index].captions, seed, slot)
         streams = [] if source.center_crop else ["crop_x", "crop_y"]
         for stream in streams + ["flip"] * source.random_flip:
             uniform(seed, stream, slot)

@@ -2,7 +2,7 @@
 
 Claim: with all workers the loader gives 0.9 of the bare loop or more, though it also draws noise, counts tokens and
 carries batches between processes. Beside it the data path of diffusers' train_text_to_image.py, on the same pictures.
-The second half measures what a record costs in the index. How to read the result: README.md in this folder.
+How to read the result: README.md in this folder.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py
 """
@@ -16,23 +16,22 @@ import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from comparison import conclude
+from comparison import conclude, own_caches
 from torch import Tensor
 
 from trainer.config import Config
 from trainer.config_file import LoadedConfig
 from trainer.data.loader import SlotSchedule, load_batches
-from trainer.data.transforms import View, fit, to_tensor
+from trainer.data.transforms import View, as_float, fit, to_pixels
 from trainer.preflight import preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -78,18 +77,6 @@ def make_pictures(folder: Path, count: int, width: int, height: int) -> None:
     then = time.time() - AN_HOUR_AGO
     for file in folder.iterdir():
         os.utime(file, (then, then))
-
-
-@contextmanager
-def own_caches(folder: Path) -> Iterator[None]:
-    """Within it nothing is remembered in the user's cache folders, and nothing from there is used."""
-    before = dict(os.environ)
-    os.environ |= {"XDG_CACHE_HOME": str(folder / "xdg"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager
@@ -212,7 +199,7 @@ class Bare:
         draw = random.Random(number)
         view = View(self.size, self.size, draw.random(), draw.random(), draw.random() < 0.5)
         with Image.open(self.files[draw.randrange(len(self.files))]) as image:
-            return to_tensor(fit(image.convert("RGB"), view))
+            return as_float(to_pixels(fit(image.convert("RGB"), view)))
 
     def rate(self, workers: int, images: int) -> float:
         """Pictures a second; the processes take them one after the other, so that none is idle before the end."""
@@ -302,74 +289,6 @@ def compare(rates: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure_index(records: int, folder: Path) -> dict[str, float]:
-    """What the index of an `imagefolder` of so many made-up rows costs: built in one process, read in another."""
-    return {**_in_a_fresh_process("build", records, folder), **_in_a_fresh_process("read", records, folder)}
-
-
-def _index_of(records: int, folder: Path) -> Any:
-    import pyarrow as pa
-
-    from trainer.data.index import indexed
-    from trainer.data.sources.imagefolder import ImageFolderRecords
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number in range(records):
-            caption = f"a photo of the made-up thing with the number {number:08d} on it".ljust(60)[:60]
-            yield {"key": f"{number // 1000:06d}/{number:08d}.jpg", "captions": [caption], "caption_fault": None}
-
-    index = indexed({"benchmark": records}, lambda: pa.schema([]), rows)
-    return ImageFolderRecords(str(folder), index, 10**8)
-
-
-def build_index(records: int, folder: Path) -> dict[str, float]:
-    """Seconds to write it, and its bytes on disk per record."""
-    began = time.perf_counter()
-    path = _index_of(records, folder).index.path
-    return {
-        "build_seconds": time.perf_counter() - began,
-        "disk_bytes_a_record": os.stat(path).st_size / records,
-    }
-
-
-def read_index(records: int, folder: Path) -> dict[str, float]:
-    """Milliseconds to open it again, what every hundredth record leaves in memory, microseconds of `records[i]`.
-
-    USS counts the pages of the mapped file too, as long as no other process has mapped them; anonymous memory is what
-    the process holds for itself.
-    """
-    import psutil
-    from scale import memory
-
-    _index_of(10, folder)  # what the first use imports
-    began = time.perf_counter()
-    opened = _index_of(records, folder)
-    seconds = time.perf_counter() - began
-    before, uss_before = memory(), psutil.Process().memory_full_info().uss
-    for index in range(0, records, 100):
-        opened[index]
-    uss, after = psutil.Process().memory_full_info().uss, memory()
-    draw = random.Random(0)
-    asked = [draw.randrange(records) for _ in range(20_000)]
-    started = time.perf_counter()
-    for index in asked:
-        opened[index]
-    return {
-        "open_milliseconds": 1000 * seconds,
-        "uss_bytes_a_record": (uss - uss_before) / records,
-        "own_bytes_a_record": (after["own"] - before["own"]) / records,
-        "record_microseconds": 1e6 * (time.perf_counter() - started) / len(asked),
-    }
-
-
-def _in_a_fresh_process(what: str, records: int, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", what, str(records), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
-
-
 def print_rates(case: str, of_workers: dict[int, dict[str, dict[str, Any]]]) -> None:
     """The table of one case."""
     print(f"{case:24}{'workers':>8}{'images/s':>10}{'x bare':>8}   lowest to highest round")
@@ -392,18 +311,13 @@ def _case(text: str) -> Case:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the JSON: 0."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--child"]:
-        what, records, folder = arguments[1:]
-        reads: dict[str, Callable[[int, Path], dict[str, float]]] = {"build": build_index, "read": read_index}
-        print(json.dumps(reads[what](int(records), Path(folder))))
-        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = [Case(1152, 896, 512), Case(256, 256, 256)]
     parser.add_argument(
         "--cases", nargs="+", type=_case, default=cases, metavar="WxH:S", help="default 1152x896:512 256x256:256"
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5; 0: none)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5)")
     parser.add_argument(
         "--images",
         type=int,
@@ -412,33 +326,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pictures", type=int, default=64, help="different pictures (default 64)")
     parser.add_argument("--batch", type=int, default=8, help="pictures of a batch (default 8)")
-    number = {"type": lambda text: int(float(text)), "metavar": "N"}
-    parser.add_argument(
-        "--index-records", nargs="*", default=[10**5, 10**6], help="of an index (default 1e5 1e6)", **number
-    )
     parser.add_argument("--folder", type=Path, help="for the pictures (default: the folder for temporary files)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every round included")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"load_at_start": os.getloadavg(), "loading": {}, "index": {}}
+    result: dict[str, Any] = {"load_at_start": os.getloadavg(), "loading": {}}
     with tempfile.TemporaryDirectory(dir=args.folder) as name, own_caches(Path(name)):
-        for case in args.cases if args.rounds else ():
+        for case in args.cases:
             of_workers = {workers: compare(rates) for workers, rates in measure(args, case, Path(name)).items()}
             result["loading"][str(case)] = of_workers
             print_rates(str(case), of_workers)
-        if args.rounds:
-            of = f"medians of {args.rounds} rounds of {args.images} large or more small pictures out of {args.pictures}"
-            print(f"{of}, batches of {args.batch}; one thread a process; files in the page cache\n")
-        if args.index_records:
-            heads = f"{'disk B':>9}{'open, ms':>10}{'USS B':>8}{'own B':>8}{'records[i], us':>16}"
-            print(f"{'records of an index':>20}{heads}")
-        for records in args.index_records:
-            row = result["index"][records] = measure_index(records, Path(name))
-            print(
-                f"{records:>20,}{row['disk_bytes_a_record']:9.1f}{row['open_milliseconds']:10.2f}"
-                f"{row['uss_bytes_a_record']:8.2f}{row['own_bytes_a_record']:8.2f}{row['record_microseconds']:16.1f}",
-                flush=True,
-            )
+    of = f"medians of {args.rounds} rounds of {args.images} large or more small pictures out of {args.pictures}"
+    print(f"{of}, batches of {args.batch}; one thread a process; files in the page cache\n")
     result["load_at_end"] = os.getloadavg()
     before, after = result["load_at_start"][0], result["load_at_end"][0]
     print(f"\nload      {before:.1f} at the start, {after:.1f} at the end", end="")

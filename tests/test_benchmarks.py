@@ -97,17 +97,20 @@ def test_exactness_compares_modes_and_draws(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.text2image
-def test_loading_compares_the_loader_with_a_bare_loop_and_reads_an_index(tmp_path):
+def test_loading_compares_the_loader_with_a_bare_loop(tmp_path):
     smallest = ["--cases", "96x64:32", "--rounds", "1", "--images", "2", "--pictures", "4", "--batch", "2"]
-    result = benchmark(
-        "loading.py", tmp_path / "loading.json", *smallest, "--workers", "0", "1", "--index-records", "200"
-    )
+    result = benchmark("loading.py", tmp_path / "loading.json", *smallest, "--workers", "0", "1")
     of_workers = result["loading"]["96x64 to 32"]
     assert set(of_workers) == {"0", "1"}
     for rows in of_workers.values():
         assert set(rows) == {"bare", "bare again", "difftrain", "datasets + DataLoader"}
         assert rows["bare"]["ratios"] == [1.0]
         assert all(row["images_per_second"] > 0 and row["ratio"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_the_index_is_built_in_one_process_and_read_in_another(tmp_path):
+    result = benchmark("index.py", tmp_path / "index.json", "--records", "200")
     index = result["index"]["200"]
     assert index["disk_bytes_a_record"] > 19 + 60  # its key and its caption
     assert index["open_milliseconds"] > 0

@@ -15,7 +15,7 @@ from torch import nn
 from trainer.checkpoint import Found, find, find_newest, named_run
 from trainer.config import Config
 from trainer.data.loader import Batch, Encoded, Samples, SlotSchedule, load_batches
-from trainer.data.plan import BatchPlan
+from trainer.data.plan import BatchPlan, Plan
 from trainer.data.roll import Roll
 from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
@@ -144,33 +144,9 @@ def assemble(
         state.ema = Ema(config.ema, state.weights())
     if start is not None:
         state.load_state_dict(start.load())
-    samples = partial(
-        Samples,
-        records=checked.records,
-        timesteps=config.timesteps,
-        tokenize=partial(family.tokenize, components.tokenizer),
-        latent_shape=partial(family.latent_shape, components.vae_config),
-        encoded=kept,
-    )
     if checked.survey is not None:
         checked.survey.forget_what_is_done_with()
-    train, validation = config.train, config.validation
-    held_out = None
-    if validation is not None and len(roll.held_out):
-        chosen = roll.held_out[: validation.max_records]
-        as_they_are = {"caption_dropout": 0.0, "random_flip": False, "center_crop": True}
-        held_out = samples(
-            source=config.data.model_copy(update=as_they_are),
-            plan=BatchPlan(chosen, validation.seed, shuffle=False),
-            global_batch=len(chosen),
-            seed=validation.seed,
-        )
-    trained = samples(
-        source=config.data,
-        plan=plan,
-        global_batch=train.global_batch_size,
-        seed=train.seed,
-    )
+    trained, held_out = _samples(checked, roll, plan, components, kept)
     return Training(
         config=config,
         runtime=runtime,
@@ -187,6 +163,34 @@ def assemble(
         unreadable=roll.unreadable,
         first_step=state.step,
     )
+
+
+def _samples(
+    checked: Preflight, roll: Roll, plan: Plan, components: Components, kept: Encoded | None
+) -> tuple[Samples, Samples | None]:
+    """The samples that are trained on, and those that the held-out loss is taken over, if any."""
+    config = checked.config
+    train, validation = config.train, config.validation
+    samples = partial(
+        Samples,
+        records=checked.records,
+        timesteps=config.timesteps,
+        tokenize=partial(config.model.tokenize, components.tokenizer),
+        latent_shape=partial(config.model.latent_shape, components.vae_config),
+        encoded=kept,
+    )
+    trained = samples(source=config.data, plan=plan, global_batch=train.global_batch_size, seed=train.seed)
+    if validation is None or not len(roll.held_out):
+        return trained, None
+    chosen = roll.held_out[: validation.max_records]
+    as_they_are = {"caption_dropout": 0.0, "random_flip": False, "center_crop": True}
+    held_out = samples(
+        source=config.data.model_copy(update=as_they_are),
+        plan=BatchPlan(chosen, validation.seed, shuffle=False),
+        global_batch=len(chosen),
+        seed=validation.seed,
+    )
+    return trained, held_out
 
 
 def encoded(

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from trainer.cached.build import Wanted, build
+from trainer.cached.build import CHUNK, Wanted, build
 from trainer.cached.store import Store
 
 RECIPE = {"vae": "0" * 64, "transform": 1}
 SHAPE, WIDE = (2, 4, 4, 4), (2, 4, 2, 8)
 SHARD_BYTES = 64 * (128 * 2 + 24)  # two chunks of either shape in fp16
 LIMITS = {"shard_bytes": SHARD_BYTES, "shards": 4}
+COUNT = 500  # six shards of one shape and three of the other, the last ones not full
+SHARD = 2 * CHUNK
 
 
 def make_store(folder: Path, dtype: str = "fp16", **recipe: Any) -> Store:

@@ -1,13 +1,30 @@
-"""A server that speaks S3, for the tests of what is stored there."""
+"""Caches of their own for the tests of sources, and a server that speaks S3 for the tests of what is stored there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trainer.data import shards
+
 BUCKET = "pictures"
+
+
+@pytest.fixture
+def fresh_shard_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.01)
+
+
+@pytest.fixture
+def fresh_hf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 
 @pytest.fixture(scope="module")

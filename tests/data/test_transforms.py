@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.data.transforms import View, as_float, box, fit, size_condition, to_pixels, to_tensor
+from trainer.data.transforms import View, as_float, box, fit, size_condition, to_pixels
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -93,7 +93,7 @@ def test_flip_mirrors_left_to_right_after_the_crop():
 
 def test_a_tensor_is_channels_first_and_runs_from_minus_one_to_one():
     image = Image.fromarray(np.array([[[0, 255, 51], [255, 0, 102]]], np.uint8))
-    tensor = to_tensor(image)
+    tensor = as_float(to_pixels(image))
     assert tensor.shape == (3, 1, 2)
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
@@ -127,4 +127,4 @@ def test_the_size_condition_is_what_sdxl_was_trained_with():
 def test_pixels_are_bytes_until_they_are_asked_for_as_floats():
     pixels = to_pixels(noise(5, 4))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 4, 5))
-    assert torch.equal(as_float(torch.stack([pixels, pixels]))[1], to_tensor(noise(5, 4)))
+    assert torch.equal(as_float(torch.stack([pixels, pixels]))[1], as_float(pixels))

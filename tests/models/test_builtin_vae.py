@@ -14,12 +14,11 @@ from trainer.models.tiny import BUILTIN_VAE, Tiny
 def pixels():
     import torch
 
-    from trainer.data.transforms import View, fit, to_tensor
+    from trainer.data.transforms import View, as_float, fit, to_pixels
 
     records = Shapes.model_validate({"image_size": 64, "num_images": 48}).open()
-    return torch.stack(
-        [to_tensor(fit(records.image(i), View(64, 64, 0.5, 0.5, flip=False))) for i in range(len(records))]
-    )
+    view = View(64, 64, 0.5, 0.5, flip=False)
+    return torch.stack([as_float(to_pixels(fit(records.image(i), view))) for i in range(len(records))])
 
 
 def test_pictures_of_shapes_come_back_from_the_builtin_vae(pixels):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import finish
+from runs import TRAIN, checkpoint, finish, metrics, same
 
 from trainer.config_file import load_config
 from trainer.data.loader import digest
@@ -96,3 +101,45 @@ def test_cuts_of_the_batch_and_resumes_on_other_ranks_in_mid_epoch_are_one_run(f
     assert [line["batch"] for line in one] == [line["batch"] for line in pair] == [line["batch"] for line in elastic]
     for other in (pair, elastic):
         assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+
+
+def test_a_kill_in_mid_run_costs_steps_and_no_bit(folder: Path):
+    often = ("train.max_steps=30", "train.log_every=1", "checkpoint.every_steps=3", "train.micro_batch_size=2")
+    finish(folder, "unbroken", *often)
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--config", "config.yaml", "--output-dir", "killed", "--set", *often],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not ((folder / "killed" / "checkpoint-6.json").exists()):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL, "it had ended before it was killed"
+    assert len(lines(folder / "killed")) < 30
+    finish(folder, "killed", *often)
+    for part in ("modules", "optimizer"):
+        assert same(checkpoint(folder / "killed", 30)[part], checkpoint(folder / "unbroken", 30)[part]), part
+    assert metrics(folder / "killed") == metrics(folder / "unbroken")
+
+
+SICK = """\
+import os
+from typing import ClassVar
+from trainer.objectives.flow import Flow
+
+class Sick(Flow):
+    kind = "sick"
+    losses: ClassVar[int] = 0
+
+    def loss(self, pred, target):
+        Sick.losses += 1
+        return super().loss(pred, target) * (float("nan") if os.environ["RANK"] == "1" and Sick.losses == 3 else 1)
+"""
+
+
+def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all(folder: Path):
+    (folder / "sick.py").write_text(SICK)
+    finish(folder, "sick", "plugins=[sick]", "objective.kind=sick", "train.max_steps=6", "train.log_every=1", ranks=2)
+    assert [line["skipped"] for line in lines(folder / "sick")] == [False, False, True, False, False, False]
+    assert [line["batch"] for line in lines(folder / "sick")] == [line["batch"] for line in lines(folder / "two")][:6]

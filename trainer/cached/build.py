@@ -54,7 +54,6 @@ class Ranks(Protocol):
 
     rank: int
     world_size: int
-
     local_world_size: int
 
     @property
@@ -74,19 +73,18 @@ def build(
     setting: str = "cache.dtype",
     shard_bytes: int = SHARD_BYTES,
     shards: int = SHARDS,
-    check_rows: bool = False,
 ) -> int:
     """How many entries were encoded, on all ranks together, until all that is `wanted` is in the store.
 
     Every rank calls it; `wanted` is read on rank 0 alone, once. `encode` gets this rank's chunks, each of entries of
     one shape, and gives for each, in order, [n, *shape] on the CPU. A shard has at most `shard_bytes`, and even few
-    entries make about `shards`. `check_rows` reads every row that is kept already.
+    entries make about `shards`.
 
     Raises, on all ranks, the UserError or StorageFailed of any: of `encode`, of a disk too small, or of a value that
     the store's dtype cannot hold, for which `name` names the entry and `setting` the dtype's place.
     """
     with contextlib.ExitStack() as held:
-        planned = ranks.from_main(lambda: _prepare(store, wanted, ranks, (shard_bytes, shards), check_rows, held))
+        planned = ranks.from_main(lambda: _prepare(store, wanted, ranks, (shard_bytes, shards), held))
         if planned is None:
             return 0
         try:
@@ -119,20 +117,19 @@ def _prepare(
     wanted: Iterable[Wanted],
     ranks: Ranks,
     limits: tuple[int, int],
-    check_rows: bool,
     held: contextlib.ExitStack,
 ) -> str | None:
     """Rank 0's part before the first chunk: the lock taken, and the path of the plan; None if nothing is missing."""
     store.create()
     keys, shape_of, indices, shapes = _distinct(wanted)
-    missing = store.survey(ranks.say, check_rows=check_rows).find(keys) == ABSENT
+    missing = store.survey(ranks.say).find(keys) == ABSENT
     if not missing.any():
         store.sweep()  # a build may have been killed after its last shard
         ranks.say(f"cache  {len(keys):,} entries, all of them kept in {store.folder}")
         return None
     held.enter_context(store.locked(ranks.say))
     # Another run may have built some of it meanwhile, and what is damaged may be removed now.
-    missing = store.survey(ranks.say, remove_damaged=True, check_rows=check_rows).find(keys) == ABSENT
+    missing = store.survey(ranks.say, remove_damaged=True).find(keys) == ABSENT
     cut = list(_cut(shape_of, missing, shapes, DTYPES[store.dtype][1].itemsize, *limits))
     _forecast(store, cut, shapes, len(keys), ranks.say)
     if not cut:

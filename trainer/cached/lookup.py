@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,6 @@ class Lookup:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, key: bytes) -> bool:
-        return self._row_of(key) is not None
-
-    def has(self, index: int, variant: int = 0) -> bool:
-        """Whether there is such an entry."""
-        return bool(self._places[index, variant] != ABSENT)
-
-    def shape(self, index: int, variant: int = 0) -> tuple[int, ...]:
-        """Of an entry, without reading it; raises KeyError if there is none."""
-        return self._shard(self._place(index, variant) >> 32).shape
-
     def at(self, index: int, variant: int = 0) -> torch.Tensor:
         """An entry, float32. Raises KeyError if there is none, UserError if it was damaged."""
         return self._read(self._place(index, variant))
@@ -150,10 +139,6 @@ class Lookup:
         if row is None:
             raise KeyError(key)
         return self._read(int(self._places[row, 0]))
-
-    def stack(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> torch.Tensor:
-        """[B, *shape] float32 of entries of one shape; raises what `at` raises."""
-        return torch.stack([self.at(*pair) for pair in zip(indices, variants or [0] * len(indices), strict=True)])
 
     def _place(self, index: int, variant: int) -> int:
         place = self._places[index, variant]

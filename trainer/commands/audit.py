@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.commands.train import add_config_file_arguments
 from trainer.errors import StorageFailed, UserError
 
 if TYPE_CHECKING:
@@ -25,24 +26,12 @@ if TYPE_CHECKING:
 
 EXAMPLE = "difftrain audit --config configs/sd15_finetune.yaml --set data.data_root=my_pictures --output audit.json"
 OURS = b'{\n  "difftrain_audit": '  # how a report of ours begins
-OUR_PAGE = (
-    b'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="generator" content="difftrain audit">'
-)
 ANNOUNCED_AFTER_SECONDS, SAID_EVERY_SECONDS = 2.0, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `audit` takes."""
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML config")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override config values, for example data.data_root=my_pictures",
-    )
+    add_config_file_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.commands.train import add_config_arguments, check
+from trainer.commands.train import add_config_file_arguments, check
 
 EXAMPLE = "difftrain cache --config configs/sd15_finetune.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cache` takes."""
-    add_config_arguments(parser)
+    add_config_file_arguments(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte that is kept, and encode nothing")
 
 

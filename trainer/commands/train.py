@@ -40,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that reads a config and writes into a run directory."""
+    add_config_file_arguments(parser)
+    parser.add_argument("--output-dir", metavar="FOLDER", help="the run directory; overrides train.output_dir")
+
+
+def add_config_file_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that reads a config."""
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML config")
-    parser.add_argument("--output-dir", metavar="FOLDER", help="the run directory; overrides train.output_dir")
+    parser.set_defaults(output_dir=None)
     parser.add_argument(
         "--set",
         nargs="+",

@@ -20,9 +20,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.image_file import decode
+from pydantic import Field
+
+from trainer.data.image_file import MAX_PIXELS, decode
 from trainer.data.looks import RACY_NS, cache_folder
-from trainer.data.record import Record, Records, caption_fault
+from trainer.data.record import Record, Records, Source, caption_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,6 +168,17 @@ def _remove_unused(folder: str) -> None:
         with contextlib.suppress(OSError):
             if now - os.stat(path).st_mtime > UNUSED_SECONDS:
                 os.unlink(path)
+
+
+class IndexedSource(Source):
+    """A source of pictures that are stored somewhere as files are."""
+
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description="Pictures with more pixels are refused before decoding.",
+    )
 
 
 class IndexedRecords(Records):

@@ -117,9 +117,12 @@ class Samples(torch.utils.data.Dataset[Any]):
         """The samples of `slots`, all of one bucket; raises UserError for a picture that cannot be read."""
         substitutes: list[Substitute] = []
         samples = [self._sample(slot, substitutes) for slot in slots]
-        indices = [index for index, *_ in samples]
-        keys = [self.records[index].key for index in indices]
-        captions = [self.caption(slot, index) for slot, index in zip(slots, indices, strict=True)]
+        records = [self.records[index] for index, *_ in samples]
+        keys = [record.key for record in records]
+        captions = [
+            caption_of(self.source, record.captions, self.seed, slot)
+            for slot, record in zip(slots, records, strict=True)
+        ]
         tokens, cut = self.tokenize(captions)
         conds = [] if self.encoded is None else [self.encoded.cond(caption) for caption in captions]
         shape = self.latent_shape(*self.size(slots[0]))
@@ -143,10 +146,6 @@ class Samples(torch.utils.data.Dataset[Any]):
     def size(self, slot: int) -> tuple[int, int]:
         """Width and height of this slot's crop, pixels."""
         return self.plan.bucket(slot) or (self.source.image_size, self.source.image_size)
-
-    def caption(self, slot: int, index: int) -> str:
-        """What is made of the record's captions, or the empty one where dropout falls on this slot."""
-        return caption_of(self.source, self.records[index].captions, self.seed, slot)
 
     def view(self, slot: int) -> View:
         """What this slot shows of its picture."""

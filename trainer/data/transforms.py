@@ -71,8 +71,3 @@ def as_float(pixels: Tensor) -> Tensor:
     import torch
 
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
-
-
-def to_tensor(image: Image) -> Tensor:
-    """An RGB picture as [3, H, W] float32 in [-1, 1]."""
-    return as_float(to_pixels(image))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from trainer.models.base import Components, ModelFamily
 
 CAPTIONS_OF_A_RECORD = 2**20  # at most, so that a caption has a number
-MOST_PIXELS = 2**20  # that the VAE encodes at once: 3 GB of an SD VAE's activations in fp32
+MOST_PIXELS = 2**20  # that the VAE encodes at once: four pictures of 512 px
 EMPTY_CAPTION = -1  # its number, whatever the records
 
 

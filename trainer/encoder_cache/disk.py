@@ -56,7 +56,6 @@ class Disk(EncodingCache):
         from trainer.cached.lookup import Lookup, write_indexed
 
         variants, store = job.variants(self.crops), self.latent_store(job)
-
         build(
             store,
             wanted_latents(job, variants, job.contents),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.audit import picture
-from trainer.data.audit.captions import count_captions, count_tokens, fault_class
+from trainer.data.audit.captions import Captions, Tokens, count_captions, count_tokens, fault_class
 from trainer.data.audit.duplicates import Duplicates, find_duplicates
 from trainer.data.audit.near import LEAST_STEPS, MOST_BITS, MOST_RMS
 from trainer.data.audit.policies import Facts, Outcome, outcome_of, outcomes
@@ -104,17 +104,12 @@ def facts(
         if isinstance(tokenizer, Tokenizer)
         else None
     )
-    for index, length, cut in tokens.cut if tokens else ():
-        several = f"; {cut} of its captions are cut" if cut > 1 else ""
-        reason = (
-            f"{length:,} tokens, of which the last {length - tokens.room:,} are not read{several}" if tokens else ""
-        )
-        findings["caption_cut"].append(found.row(index, reason, tokens=length, captions=cut))
+    if tokens is not None:
+        findings["caption_cut"] += [found.cut(*each, tokens.room) for each in tokens.cut]
     changes = run and run["changes"]
     if changes:
         findings["changed"] += found.changed(changes)
     counts = {name: len(rows) for name, rows in findings.items()}
-    written = count_captions(records, set(captions))
     return {
         "format": FORMAT,
         "verdict": _verdict(configured, found, counts["changed"], bool(run and run["differs"])),
@@ -129,30 +124,35 @@ def facts(
         "counts": counts,
         "findings": findings,
         "duplicates": found.duplicates(duplicates),
-        "captions": {
-            "written": written.written,
-            "distinct": written.distinct,
-            "most_repeated": [
-                {"caption": one.caption, "records": one.records, "first": found.name(one.record)}
-                for one in written.repeated
-            ],
-            "tokens": tokens
-            and {
-                "room": tokens.room,
-                "captions": tokens.captions,
-                "cut": tokens.captions_cut,
-                "lost": tokens.lost,
-                "longest": {"tokens": tokens.longest[0], **found.name(tokens.longest[1])} if tokens.captions else None,
-                "histogram": tokens.histogram(),
-            },
-            "not_counted": tokenizer if isinstance(tokenizer, str) else None,
-        },
+        "captions": _captions(found, count_captions(records, set(captions)), tokens)
+        | {"not_counted": tokenizer if isinstance(tokenizer, str) else None},
         "epoch": found.epoch(),
         "scales": found.scales(),
         "policies": [_policy(one, configured) for one in every],
         "run": None
         if run is None
         else {name: run[name] for name in ("path", "differs", "why")} | {"changed": counts["changed"]},
+    }
+
+
+def _captions(found: _Found, written: Captions, tokens: Tokens | None) -> Row:
+    """What the captions come to, in words and, where they were counted, in tokens."""
+    counted = tokens and {
+        "room": tokens.room,
+        "captions": tokens.captions,
+        "cut": tokens.captions_cut,
+        "lost": tokens.lost,
+        "longest": {"tokens": tokens.longest[0], **found.name(tokens.longest[1])} if tokens.captions else None,
+        "histogram": tokens.histogram(),
+    }
+    repeated = [
+        {"caption": one.caption, "records": one.records, "first": found.name(one.record)} for one in written.repeated
+    ]
+    return {
+        "written": written.written,
+        "distinct": written.distinct,
+        "most_repeated": repeated,
+        "tokens": counted,
     }
 
 

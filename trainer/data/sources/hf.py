@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from trainer.data.folder import BadNameError, Folder, leads_out, relative_name
-from trainer.data.image_file import MAX_PIXELS, REPLACE
-from trainer.data.index import Index, IndexedRecords, Row, indexed, no_columns, usable
+from trainer.data.image_file import REPLACE
+from trainer.data.index import Index, IndexedRecords, IndexedSource, Row, indexed, no_columns, usable
 from trainer.data.looks import look_at_each
 from trainer.data.metadata import Problems, shown
-from trainer.data.record import Look, Source, silent
+from trainer.data.record import Look, silent
 from trainer.data.stored import Stored, Wanted, find
 from trainer.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256  # their pictures' offsets are checked together
 
 
-class HuggingFace(Source):
+class HuggingFace(IndexedSource):
     """A data set of Hugging Face `datasets`: saved by `save_to_disk`, in parquet files, or on the hub as parquet."""
 
     kind = "hf"
@@ -54,12 +54,6 @@ class HuggingFace(Source):
         min_length=1,
         description="Column that names each record, without two alike; null means the name of the picture's file, "
         "or the row's number if it has none.",
-    )
-    max_pixels: int = Field(
-        default=MAX_PIXELS,
-        ge=1,
-        le=2 * MAX_PIXELS,
-        description="Pictures with more pixels are refused before decoding.",
     )
 
     def open(self) -> HuggingFaceRecords:

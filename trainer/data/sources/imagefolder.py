@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import Field
 
 from trainer.data.folder import Folder, Found, leads_out, relative_name
-from trainer.data.image_file import MAX_PIXELS, REPLACE, SUFFIXES
-from trainer.data.index import Index, IndexedRecords, Row, file_identity, indexed, no_columns, usable
+from trainer.data.image_file import REPLACE, SUFFIXES
+from trainer.data.index import Index, IndexedRecords, IndexedSource, Row, file_identity, indexed, no_columns, usable
 from trainer.data.looks import NOTHING, look_at_files
 from trainer.data.metadata import Problems, rows, shown
-from trainer.data.record import Look, Source, caption_fault, silent
+from trainer.data.record import Look, caption_fault, silent
 from trainer.errors import UserError
 
 NAMED_MISSING = 5
@@ -27,7 +27,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 TEXT_SUFFIXES = tuple(map("".join, itertools.product(".", "tT", "xX", "tT")))  # .txt before all others
 
 
-class ImageFolder(Source):
+class ImageFolder(IndexedSource):
     """A folder of pictures: with a `metadata.jsonl` or `metadata.csv`, one line a picture, or a `.txt` beside each."""
 
     kind = "imagefolder"
@@ -40,12 +40,6 @@ class ImageFolder(Source):
     )
     image_column: str = Field(
         default="file_name", min_length=1, description="Column of the picture's file name, relative to data_root."
-    )
-    max_pixels: int = Field(
-        default=MAX_PIXELS,
-        ge=1,
-        le=2 * MAX_PIXELS,
-        description="Pictures with more pixels are refused before decoding.",
     )
 
     def open(self) -> ImageFolderRecords:

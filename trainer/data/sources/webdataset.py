@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.data.image_file import MAX_PIXELS, SUFFIXES
-from trainer.data.index import Index, IndexedRecords, Row, indexed, usable
+from trainer.data.image_file import SUFFIXES
+from trainer.data.index import Index, IndexedRecords, IndexedSource, Row, indexed, usable
 from trainer.data.looks import ANNOUNCED_AFTER_SECONDS, SAID_EVERY_SECONDS, cache_folder, look_at, look_at_each
 from trainer.data.metadata import shown
-from trainer.data.record import Look, Source, caption_fault, silent
+from trainer.data.record import Look, caption_fault, silent
 from trainer.data.shards import Option, Shard, SourceError, Storage, check_options, check_url, locked, protocol
 from trainer.data.tar_members import Member, members
 from trainer.errors import UserError
@@ -39,7 +39,7 @@ SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # webdataset'
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zstd")
 
 
-class WebDataset(Source):
+class WebDataset(IndexedSource):
     """Tar archives in webdataset's layout, here or in an object store: `a.png`, `a.txt` and `a.json` are one sample."""
 
     kind = "webdataset"
@@ -53,12 +53,6 @@ class WebDataset(Source):
         min_length=1,
         description="Where a sample's .json has this: the caption, a string or a list of strings to draw from. "
         "Otherwise the lines of its .txt are the captions.",
-    )
-    max_pixels: int = Field(
-        default=MAX_PIXELS,
-        ge=1,
-        le=2 * MAX_PIXELS,
-        description="Pictures with more pixels are refused before decoding.",
     )
     storage_options: dict[str, Option] = Field(
         default={},
