@@ -68,7 +68,7 @@ NESTED = {
     "beside a source": ("[{source: {kind: shapes}, repeat: 2}]", ["0.repeat: unknown key; did you mean `repeats`?"]),
     "like none": (
         "[{source: {kind: shapes}}, {source: {kind: imagefolder, data_root: x, xyzzy: 1}}]",
-        ["1.source.xyzzy: unknown key; known are kind, data_root, caption_column, image_column, max_pixels"],
+        ["1.source.xyzzy: unknown key; known are kind, max_pixels, data_root, caption_column, image_column"],
     ),
     "in a mix in a mix": (
         "[{source: {kind: mix, sources: [{source: {kind: shapes, num_image: 9}}]}}]",
