@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import conclude, own_caches
+from comparison import conclude, own_caches, vae_of
 from loading import make_pictures
 from startup import DIFFTRAIN, environment
 
@@ -45,26 +45,6 @@ objective: {{kind: epsilon}}
 lr: {{kind: constant, peak: 1e-4, warmup_steps: 0}}
 ema: {{}}
 """
-
-
-def make_vae(folder: Path, channels: Sequence[int]) -> str:
-    """A VAE with random weights in a diffusers folder, of Stable Diffusion's shape with so many channels."""
-    import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    levels = len(channels)
-    make: Any = AutoencoderKL  # its annotations ask for tuples of one
-    vae = make(
-        block_out_channels=tuple(channels),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    vae.save_pretrained(folder)
-    return str(folder)
 
 
 def start(config: Path, compare: bool, seed: int) -> dict[str, Any]:
@@ -301,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         make_pictures(folder / "pictures", args.pictures, args.picture_size, args.picture_size)
         for chosen in args.vaes:
-            vae = chosen if chosen == "builtin" else make_vae(folder / chosen, [int(c) for c in chosen.split("-")])
+            vae = vae_of(chosen, folder)
             rounds = measure_builds(args, folder, vae)
             row = {**compare_builds(rounds, args.pictures), "rounds": rounds}
             row["training"] = measure_waits(args, folder, vae)

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,31 @@ def own_caches(folder: Path) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def vae_of(chosen: str, folder: Path) -> str:
+    """What `model.vae` is for a VAE of the command line: channels of one (`32-64-128-128`), or what it may be anyway.
+
+    One with channels has random weights and Stable Diffusion's shape, and is written to a diffusers folder in `folder`.
+    """
+    if not re.fullmatch(r"\d+(-\d+)+", chosen):
+        return chosen
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    channels = [int(each) for each in chosen.split("-")]
+    make: Any = AutoencoderKL  # its annotations ask for tuples of one
+    vae = make(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    vae.save_pretrained(folder / chosen)
+    return str(folder / chosen)
 
 
 def circumstances(arguments: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import conclude, own_caches
+from comparison import conclude, own_caches, vae_of
 from loading import make_pictures
 from startup import DIFFTRAIN, environment
 
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
     parser.add_argument("--workers", type=int, default=1, help="of the loaders (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
-    parser.add_argument("--vae", default="builtin", help="`builtin` (default), `random`, or a folder")
+    parser.add_argument("--vae", default="builtin", help="`builtin` (default), channels as in 16-32-64-64, or a folder")
     parser.add_argument("--child", nargs=3, metavar=("PICTURES", "OUTPUT", "STEPS"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every round included")
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -203,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     before = os.getloadavg()
     with tempfile.TemporaryDirectory() as name, own_caches(Path(name)):
+        size = {name: value for name, value in vars(args).items() if name not in ("json", "child")}
+        args.vae = vae_of(args.vae, Path(name))
         slopes = measure(args, Path(name))
     clocks = {clock: compare(of_clock) for clock, of_clock in slopes.items()}
     for clock, rows in clocks.items():
@@ -211,8 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             low, high = min(row["speeds"]), max(row["speeds"])
             print(f"{name:20}{row['step_milliseconds']:9.1f}{row['speed']:8.3f}   {low:.3f} to {high:.3f}")
         print()
-    size = {name: value for name, value in vars(args).items() if name not in ("json", "child")}
-    step_of = f"tiny model, VAE {args.vae}, {args.picture_size} px JPEGs to {args.image_size} px, batch {args.batch}"
+    step_of = f"tiny model, VAE {size['vae']}, {args.picture_size} px JPEGs to {args.image_size} px, batch {args.batch}"
     of = f"medians of {args.rounds} rounds, slopes from {args.steps[0]} to {args.steps[1]} steps"
     print(f"{of}; {step_of}, {args.workers} worker, {args.threads} thread")
     print(f"load      {before[0]:.1f} at the start, {os.getloadavg()[0]:.1f} at the end", end="")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import multiprocessing
+import multiprocessing.util
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
-from torch.utils.data import default_collate
 
 from trainer.data.captions import caption_of
 from trainer.data.plan import Plan
@@ -124,9 +125,9 @@ class Samples(torch.utils.data.Dataset[Any]):
             for slot, record in zip(slots, records, strict=True)
         ]
         tokens, cut = self.tokenize(captions)
-        conds = [] if self.encoded is None else [self.encoded.cond(caption) for caption in captions]
+        conds = [] if self.encoded is None else [c for c in map(self.encoded.cond, captions) if c is not None]
         shape = self.latent_shape(*self.size(slots[0]))
-        stacked = default_collate([tensor for _, tensor, _ in samples])  # in a worker straight into shared memory
+        stacked = torch.stack([tensor for _, tensor, _ in samples])
         return Batch(
             slots=slots,
             keys=keys,
@@ -136,7 +137,7 @@ class Samples(torch.utils.data.Dataset[Any]):
             substitutes=substitutes,
             pixels=stacked if self.encoded is None else None,
             moments=None if self.encoded is None else stacked,
-            text=default_collate(conds) if conds and conds[0] is not None else tokens,
+            text=torch.stack(conds) if conds else tokens,
             sizes=torch.tensor([sizes for *_, sizes in samples]),
             t=torch.tensor(self.timesteps.draw(self.seed, slots, self.global_batch), dtype=torch.float32),
             eps=normal(self.seed, "noise", slots, shape),
@@ -247,7 +248,7 @@ def read_ahead(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_begin_worker if pin_memory else _begin_worker_by_value,
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -256,11 +257,26 @@ def read_ahead(
         yield item
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
+def _begin_worker(worker_id: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker that died of them would end the step that
     # is being finished. Workers end when the trainer says so, or when they see that it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _begin_worker_by_value(worker_id: int) -> None:
+    _begin_worker(worker_id)
+    # PyTorch would put each tensor into shared memory, and the trainer would fetch its file descriptor from a thread of
+    # this process: messages and a handshake for every tensor, each waiting for this interpreter's lock while a step
+    # waits for them. Through the pipe all of a batch is one message. Not so where a thread of the trainer reads and
+    # pins: there no step waits, and if a worker is killed within a long message, its end waits for the rest for ever.
+    ForkingPickler.register(torch.Tensor, _by_value)
+    # A worker would not end before what it wrote is read: never, if the trainer was killed.
+    multiprocessing.util.Finalize(None, os._exit, (0,), exitpriority=100)
+
+
+def _by_value(tensor: Tensor) -> tuple[Callable[[Any], Tensor], tuple[Any]]:
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 @atexit.register

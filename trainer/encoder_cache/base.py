@@ -56,12 +56,12 @@ class Pictures:
         self.records = records
 
     def __getitem__(self, shown: Iterable[Shown]) -> Tensor | UserError:
-        from torch.utils.data import default_collate
+        import torch
 
         from trainer.data.transforms import fit, to_pixels
 
         try:
-            return default_collate([to_pixels(fit(self.image(each), each.view)) for each in shown])
+            return torch.stack([to_pixels(fit(self.image(each), each.view)) for each in shown])
         except UserError as error:
             return error
 
