@@ -40,7 +40,7 @@ def _index_of(records: int, folder: Path) -> Any:
             yield {"key": f"{number // 1000:06d}/{number:08d}.jpg", "captions": [caption], "caption_fault": None}
 
     index = indexed({"benchmark": records}, lambda: pa.schema([]), rows)
-    return ImageFolderRecords(str(folder), index, 10**8)
+    return ImageFolderRecords(str(folder), index, 10**8, None)
 
 
 def build_index(records: int, folder: Path) -> dict[str, float]:

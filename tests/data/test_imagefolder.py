@@ -139,6 +139,17 @@ def test_a_text_file_without_captions_is_told_from_one_that_is_not_there_or_not_
     ]
 
 
+def test_text_files_beside_pictures_that_metadata_lists_are_told_of_as_not_read(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    assert open_lines(tmp_path, line("a.png"), line("b.png")).notes() == []
+    (tmp_path / "b.txt").write_text("another cat\n")
+    told = "note   captions come from metadata.jsonl; b.txt and others like it are not read"
+    assert open_lines(tmp_path, line("a.png"), line("b.png")).notes() == [told]
+    (tmp_path / "metadata.jsonl").unlink()
+    assert open_folder(tmp_path).notes() == []
+
+
 def test_a_changed_text_file_is_seen_at_once(tmp_path):
     picture(tmp_path / "a.png")
     for text in ("one", "two"):

@@ -21,6 +21,7 @@ from trainer.data.record import Look, caption_fault, silent
 from trainer.errors import UserError
 
 NAMED_MISSING = 5
+LOOKED_BESIDE = 8  # records, for text files that are not read
 NOT_READ: dict[Found, str] = {"outside": "is a link that leaves data_root", "not a file": "is not a regular file"}
 OUTSIDE = f"picture {NOT_READ['outside']}"
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -54,7 +55,7 @@ class ImageFolder(IndexedSource):
             index = indexed(identity, no_columns, lambda: self._rows_of(metadata, folder))
         if not len(index):
             raise UserError("the metadata lists no picture", metadata, self._example())
-        return ImageFolderRecords(folder.root, index, self.max_pixels)
+        return ImageFolderRecords(folder.root, index, self.max_pixels, metadata)
 
     def _rows_of(self, metadata: str, folder: Folder) -> Iterator[Row]:
         """One row a line; raises UserError with every problem of the file, once all of it is read."""
@@ -163,9 +164,9 @@ def _absent(row: dict[str, Any], column: str, key: str, taken: list[str]) -> str
 class ImageFolderRecords(IndexedRecords):
     """Names and captions, in the order of the metadata; pictures are opened when asked for."""
 
-    def __init__(self, root: str, index: Index, max_pixels: int):
+    def __init__(self, root: str, index: Index, max_pixels: int, metadata: str | None):
         super().__init__(index, max_pixels)
-        self._root = root
+        self._root, self._metadata = root, metadata
 
     def where(self, index: int) -> str:
         return os.path.join(self._root, self[index].key)
@@ -179,6 +180,15 @@ class ImageFolderRecords(IndexedRecords):
                 return file.read()
         except OSError as error:
             raise UserError(f"picture cannot be read: {error.strerror}", path, REPLACE) from error
+
+    def notes(self) -> list[str]:
+        if self._metadata is None:
+            return []
+        keys = (key.as_py() for key in self.index.table["key"][:LOOKED_BESIDE])
+        beside = (os.path.splitext(key)[0] + TEXT_SUFFIXES[0] for key in keys)
+        unread = [name for name in beside if os.path.isfile(os.path.join(self._root, name))]
+        name = os.path.basename(self._metadata)
+        return [f"note   captions come from {name}; {unread[0]} and others like it are not read"] if unread else []
 
     def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
         @functools.cache
