@@ -291,8 +291,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_builds(chosen, row)
     of = f"{args.pictures} JPEGs of {args.picture_size} px to {args.image_size} px; {args.rounds} rounds"
     print(f"{of}, {args.threads} thread and {args.workers} worker in a build; files in the page cache")
-    result["load_at_end"] = os.getloadavg()
-    print(f"load      {result['load_at_start'][0]:.1f} at the start, {result['load_at_end'][0]:.1f} at the end", end="")
     conclude(result, arguments, args.json)
     return 0
 

@@ -83,9 +83,16 @@ def circumstances(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def conclude(result: dict[str, Any], arguments: Sequence[str], file: Path | None) -> None:
-    """Print the circumstances under the table, and write both to `file` as JSON."""
+    """Print the circumstances under the table, and write both to `file` as JSON.
+
+    A `result` with `load_at_start`, as `os.getloadavg` gives it, is told with the load now beside it.
+    """
     facts = circumstances(arguments)
-    print(f"\nmachine   {facts['machine']}")
+    print()
+    if "load_at_start" in result:
+        facts["load_at_end"] = os.getloadavg()
+        print(f"load      {result['load_at_start'][0]:.1f} at the start, {facts['load_at_end'][0]:.1f} at the end")
+    print(f"machine   {facts['machine']}")
     print(f"versions  {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}")
     print(f"date      {facts['date']}")
     print(f"command   {facts['command']}")

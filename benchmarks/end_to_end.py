@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8)")
     parser.add_argument("--workers", type=int, default=1, help="of the loaders (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
-    parser.add_argument("--vae", default="builtin", help="`builtin` (default), channels as in 16-32-64-64, or a folder")
+    parser.add_argument("--vae", default="builtin", help="`builtin` (default), `random`, channels, a folder")
     parser.add_argument("--child", nargs=3, metavar=("PICTURES", "OUTPUT", "STEPS"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, every round included")
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -201,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures, output, steps = args.child
         script(Path(pictures), Path(output), int(steps), args)
         return 0
-    before = os.getloadavg()
+    size = {name: value for name, value in vars(args).items() if name not in ("json", "child")}
+    size["load_at_start"] = os.getloadavg()
     with tempfile.TemporaryDirectory() as name, own_caches(Path(name)):
-        size = {name: value for name, value in vars(args).items() if name not in ("json", "child")}
         args.vae = vae_of(args.vae, Path(name))
         slopes = measure(args, Path(name))
     clocks = {clock: compare(of_clock) for clock, of_clock in slopes.items()}
@@ -216,9 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_of = f"tiny model, VAE {size['vae']}, {args.picture_size} px JPEGs to {args.image_size} px, batch {args.batch}"
     of = f"medians of {args.rounds} rounds, slopes from {args.steps[0]} to {args.steps[1]} steps"
     print(f"{of}; {step_of}, {args.workers} worker, {args.threads} thread")
-    print(f"load      {before[0]:.1f} at the start, {os.getloadavg()[0]:.1f} at the end", end="")
-    loads = {"load_at_start": before, "load_at_end": os.getloadavg()}
-    conclude({**size, **loads, "slopes": slopes, "clocks": clocks}, arguments, args.json)
+    conclude({**size, "slopes": slopes, "clocks": clocks}, arguments, args.json)
     return 0
 
 

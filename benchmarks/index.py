@@ -121,9 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{row['uss_bytes_a_record']:8.2f}{row['own_bytes_a_record']:8.2f}{row['record_microseconds']:16.1f}",
                 flush=True,
             )
-    result["load_at_end"] = os.getloadavg()
-    before, after = result["load_at_start"][0], result["load_at_end"][0]
-    print(f"\nload      {before:.1f} at the start, {after:.1f} at the end", end="")
     conclude(result, arguments, args.json)
     return 0
 

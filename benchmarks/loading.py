@@ -337,10 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["loading"][str(case)] = of_workers
             print_rates(str(case), of_workers)
     of = f"medians of {args.rounds} rounds of {args.images} large or more small pictures out of {args.pictures}"
-    print(f"{of}, batches of {args.batch}; one thread a process; files in the page cache\n")
-    result["load_at_end"] = os.getloadavg()
-    before, after = result["load_at_start"][0], result["load_at_end"][0]
-    print(f"\nload      {before:.1f} at the start, {after:.1f} at the end", end="")
+    print(f"{of}, batches of {args.batch}; one thread a process; files in the page cache")
     conclude(result, arguments, args.json)
     return 0
 

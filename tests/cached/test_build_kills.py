@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from builds import COUNT, SHARD, Encoder, answer, build_alone, build_on, die, entries, files, in_a_process, make_store
 
 from trainer.cached.lookup import Lookup, write_indexed
+from trainer.cached.store import Store
 
 
 def kill_at_chunk(number: int):
@@ -138,17 +140,24 @@ def test_what_a_killed_build_of_other_entries_left_is_used(tmp_path: Path):
     assert all(torch.equal(lookup.at(at), answer(entry).half().float()) for at, entry in enumerate(wanted))
 
 
+def begun(store: Store, log: Path, seconds_a_chunk: float) -> BaseProcess:
+    """A process that builds all entries and has come to its first chunk."""
+    started = log.with_suffix(".started")
+
+    def slowly(chunk: int) -> None:
+        started.touch()
+        time.sleep(seconds_a_chunk)
+
+    process = in_a_process(lambda: build_alone(store, entries(COUNT), Encoder(log, slowly)))
+    while not started.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    return process
+
+
 def test_of_two_builds_at_once_the_second_waits_and_encodes_nothing(tmp_path: Path):
     store = make_store(tmp_path)
-    started = tmp_path / "started"
-
-    def slow(chunk: int) -> None:
-        started.touch()
-        time.sleep(0.05)
-
-    process = in_a_process(lambda: build_alone(store, entries(COUNT), Encoder(tmp_path / "first.log", slow)))
-    while not started.exists():
-        time.sleep(0.01)
+    process = begun(store, tmp_path / "first.log", seconds_a_chunk=0.05)
     second = Encoder(tmp_path / "second.log")
     count, said = build_alone(store, entries(COUNT), second)
     process.join(60)
@@ -160,15 +169,7 @@ def test_of_two_builds_at_once_the_second_waits_and_encodes_nothing(tmp_path: Pa
 def test_a_run_that_needs_nothing_new_does_not_wait_for_one_that_builds(tmp_path: Path):
     store = make_store(tmp_path)
     build_alone(store, entries(70), Encoder(tmp_path / "log"))
-    started = tmp_path / "started"
-
-    def stuck(chunk: int) -> None:
-        started.touch()
-        time.sleep(60)
-
-    process = in_a_process(lambda: build_alone(store, entries(COUNT), Encoder(tmp_path / "log", stuck)))
-    while not started.exists():
-        time.sleep(0.01)
+    process = begun(store, tmp_path / "log", seconds_a_chunk=60)
     assert build_alone(store, entries(70), Encoder(tmp_path / "log"))[0] == 0
     process.kill()
     process.join()

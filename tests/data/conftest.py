@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 
 from trainer.data import shards
+from trainer.data.looks import default_place
 
 BUCKET = "pictures"
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where looks at pictures are remembered in this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = default_place()
+    assert place is not None
+    return Path(place)
 
 
 @pytest.fixture

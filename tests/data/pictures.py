@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+LONG_AGO = 1_600_000_000 * 10**9  # an mtime, in nanoseconds
+
 
 def png(colour: str = "red", size: tuple[int, int] = (4, 4), form: str = "PNG") -> bytes:
     file = io.BytesIO()

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from pictures import LONG_AGO
 from PIL import Image
 
 from trainer.config_file import load_config
 from trainer.data.fingerprint import FAN_OUT, Digests, Leaf, changed_records, counted, leaves, merkle_root, named
-from trainer.data.looks import default_place
 from trainer.data.sources import shapes
 from trainer.data.sources.imagefolder import ImageFolder, ImageFolderRecords
 from trainer.data.sources.shapes import Combination, ShapeRecords
@@ -25,16 +25,8 @@ if TYPE_CHECKING:
     from trainer.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
-LONG_AGO = 1_600_000_000 * 10**9  # an mtime, in nanoseconds
 
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where hashes are remembered in this test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = default_place()
-    assert place is not None
-    return Path(place)
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 @pytest.fixture

@@ -11,23 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from pictures import LONG_AGO
 from PIL import Image
 
 from trainer.data.image_file import MAX_PIXELS
-from trainer.data.looks import NOTHING, LookMemory, default_place, look_at_files
+from trainer.data.looks import NOTHING, LookMemory, look_at_files
 from trainer.data.record import Look, silent
 
 ROOT = Path(__file__).parents[2]
-LONG_AGO = 1_600_000_000 * 10**9  # an mtime, in nanoseconds
 
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where hashes are remembered in this test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = default_place()
-    assert place is not None
-    return Path(place)
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 def put(path: Path, content: bytes, mtime_ns: int = LONG_AGO) -> None:

@@ -48,7 +48,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def add_config_file_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that reads a config."""
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML config")
-    parser.set_defaults(output_dir=None)
+    parser.set_defaults(output_dir=None)  # `check` reads it, whether there is such an option or not
     parser.add_argument(
         "--set",
         nargs="+",

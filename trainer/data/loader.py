@@ -269,7 +269,7 @@ def _begin_worker_by_value(worker_id: int) -> None:
     # PyTorch would put each tensor into shared memory, and the trainer would fetch its file descriptor from a thread of
     # this process: messages and a handshake for every tensor, each waiting for this interpreter's lock while a step
     # waits for them. Through the pipe all of a batch is one message. Not so where a thread of the trainer reads and
-    # pins: there no step waits, and if a worker is killed within a long message, its end waits for the rest for ever.
+    # pins: no step waits for it, and it would wait for ever for the rest of a message whose worker was killed.
     ForkingPickler.register(torch.Tensor, _by_value)
     # A worker would not end before what it wrote is read: never, if the trainer was killed.
     multiprocessing.util.Finalize(None, os._exit, (0,), exitpriority=100)

@@ -185,10 +185,11 @@ class ImageFolderRecords(IndexedRecords):
         if self._metadata is None:
             return []
         keys = (key.as_py() for key in self.index.table["key"][:LOOKED_BESIDE])
-        beside = (os.path.splitext(key)[0] + TEXT_SUFFIXES[0] for key in keys)
-        unread = [name for name in beside if os.path.isfile(os.path.join(self._root, name))]
-        name = os.path.basename(self._metadata)
-        return [f"note   captions come from {name}; {unread[0]} and others like it are not read"] if unread else []
+        for beside in (os.path.splitext(key)[0] + TEXT_SUFFIXES[0] for key in keys):
+            if os.path.isfile(os.path.join(self._root, beside)):
+                read = os.path.basename(self._metadata)
+                return [f"note   captions come from {read}; {beside} and others like it are not read"]
+        return []
 
     def looks(self, fresh: bool = False, say: Callable[[str], None] = silent) -> Iterator[Look]:
         @functools.cache
