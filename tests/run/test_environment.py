@@ -90,7 +90,7 @@ def test_what_a_loaded_torch_knows_replaces_what_was_guessed():
     assert facts["packages"]
 
 
-def test_gpus_are_read_from_the_driver_and_a_field_it_does_not_know_is_null(monkeypatch):
+def test_a_field_that_the_gpu_driver_does_not_know_is_null(monkeypatch):
     class Memory:
         total, used = 80 * 2**30, 2**30
 
@@ -189,7 +189,7 @@ def test_no_secret_reaches_any_file_of_a_run(tmp_path, monkeypatch, checkout):
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIB\n-----END RSA PRIVATE KEY-----", "MIIB"),
     ],
 )
-def test_what_looks_like_a_secret_is_hidden_and_hiding_twice_changes_nothing(text, secret):
+def test_what_could_be_a_secret_is_hidden(text, secret):
     shown = redact(text)
     assert secret not in shown
     assert "[redacted]" in shown
@@ -254,7 +254,7 @@ def test_a_git_hook_that_started_us_does_not_mislead(checkout, monkeypatch):
     assert git_facts(checkout)["branch"] == "work"
 
 
-def test_git_facts_are_null_outside_a_checkout_for_untracked_folders_and_without_git(checkout, tmp_path, monkeypatch):
+def test_git_facts_are_null_where_no_checkout_tracks_the_code(checkout, tmp_path, monkeypatch):
     nothing = dict.fromkeys(("commit", "branch", "dirty", "untracked", "diff_sha256", "remote"))
     (tmp_path / "plain").mkdir()
     installed = checkout / "ignored" / "site-packages"  # a virtual environment inside somebody's checkout
@@ -268,3 +268,19 @@ def test_git_facts_are_null_outside_a_checkout_for_untracked_folders_and_without
     assert git_facts(empty) == nothing
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_facts(checkout) == nothing
+
+
+def test_packages_of_any_form_of_metadata_are_listed(tmp_path, monkeypatch):
+    for number, (folder, name) in enumerate(
+        [("a.dist-info", "METADATA"), ("b.egg-info", "PKG-INFO"), (".", "c.egg-info")]
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = f"Metadata-Version: 1.0\nName: Some_Package.{number}\nVersion: {number}.5\n\nVersion: of the read-me\n"
+        (tmp_path / folder / name).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    packages = installed_packages()
+    assert {name: packages.get(name) for name in packages if name.startswith("some")} == {
+        "some-package-0": "0.5",
+        "some-package-1": "1.5",
+        "some-package-2": "2.5",
+    }

@@ -7,7 +7,8 @@ special ones. So merges alone say everything, and a text with any byte in it has
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +85,8 @@ def merge(pieces: list[str], ranks: dict[Merge, int]) -> list[str]:
     return pieces
 
 
-def byte_letters() -> dict[int, str]:
+@cache
+def byte_letters() -> Mapping[int, str]:
     """A printable letter for each byte, in CLIP's order: printable bytes stand for themselves, the rest come after."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,14 @@ def installed_packages() -> dict[str, str | None]:
     """The version of every installed distribution by its normalised name, sorted; ALWAYS_LISTED may be null."""
     packages: dict[str, str | None] = dict.fromkeys(ALWAYS_LISTED)
     found: dict[str, str] = {}
+    parser = HeaderParser()
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"] if distribution.metadata else None
-        if name and distribution.version:  # a half-removed package has a folder without either
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)  # the first one is imported
+        # Of a wheel, of an egg, and of an .egg-info that is a file, as Debian's packages have it.
+        text = next(filter(None, map(distribution.read_text, ("METADATA", "PKG-INFO", ""))), "")
+        # `distribution.metadata` parses the whole file, read-me included, at each access: 0.2 s for 200 packages.
+        facts = parser.parsestr(text.partition("\n\n")[0])
+        if (name := facts["Name"]) and (version := facts["Version"]):  # a half-removed package has neither
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first one is imported
     return dict(sorted((packages | found | {"difftrain": __version__}).items()))
 
 
