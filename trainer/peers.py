@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from trainer.errors import RunEnd
 from trainer.failure import as_status
 
 BEAT_SECONDS = 2.0  # between two signs of life of a rank 0 that works while the others wait
+# Of plain RuntimeErrors: gloo's begin with the place in its source, save the one of a second collective that was under
+# way (a gradient's, in the backward) when a first one timed out.
+WORDS_OF_A_LOST_RANK = ("gloo/transport", "Application timeout caused pair closure", "NCCL")
 WAIT_SECONDS = 3.0  # for what the others have to say: they notice a lost rank within moments of each other
 
 
@@ -113,7 +117,7 @@ class Peers:
         if not missing:
             return PeerFailed(f"the ranks lost each other after step {step}, and all are still there: the network?")
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        seen = "silent since" if "timed out" in str(error).lower() else "gone after"
+        seen = "silent since" if re.search("timed out|timeout", str(error), re.IGNORECASE) else "gone after"
         found = PeerFailed(f"{names} {seen} step {step}")
         found.of_one_rank = self.rank == min(set(range(self.world_size)) - set(missing))  # rank 0 may be among them
         return found
@@ -127,8 +131,7 @@ def lost_contact(error: BaseException) -> bool:
     """Whether an error says no more than that a collective failed: another rank is the reason."""
     if isinstance(error, LostContactError | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    # gloo's errors are plain RuntimeErrors that begin with the place in its source.
-    return isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or "NCCL" in str(error))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS_OF_A_LOST_RANK)
 
 
 def _first_line(error: BaseException) -> str:

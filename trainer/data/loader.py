@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -248,7 +249,7 @@ def read_ahead(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_begin_worker if pin_memory else _begin_worker_by_value,
+        worker_init_fn=partial(_begin_worker if pin_memory else _begin_worker_by_value, os.getpid()),
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -257,15 +258,18 @@ def read_ahead(
         yield item
 
 
-def _begin_worker(worker_id: int) -> None:
+def _begin_worker(trainer_pid: int, worker_id: int) -> None:
+    # PyTorch's workers end when they get another parent, and take who it is now for the first one.
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != trainer_pid:
+        os._exit(1)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker that died of them would end the step that
     # is being finished. Workers end when the trainer says so, or when they see that it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _begin_worker_by_value(worker_id: int) -> None:
-    _begin_worker(worker_id)
+def _begin_worker_by_value(trainer_pid: int, worker_id: int) -> None:
+    _begin_worker(trainer_pid, worker_id)
     # PyTorch would put each tensor into shared memory, and the trainer would fetch its file descriptor from a thread of
     # this process: messages and a handshake for every tensor, each waiting for this interpreter's lock while a step
     # waits for them. Through the pipe all of a batch is one message. Not so where a thread of the trainer reads and
