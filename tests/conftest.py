@@ -15,13 +15,15 @@ import pytest
 
 ON = ("1", "true", "yes", "on")
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-LANES = {"slow": "--run-slow", "integration": "--run-integration"}
+LANES = {"slow": "--run-slow", "integration": "--run-integration", "nightly": "--run-nightly"}
+PLUGINS = Path(__file__).parent / "plugins"
 
 # What the user asked for, before the fixture below switches the hub off for the tests that do not need it.
 SWITCHED_OFF = [name for name in OFFLINE_SWITCHES if os.environ.get(name, "").strip().lower() in ON]
 
-# The networks of the tests are too small for a second thread to pay, and sums must not depend on the machine's cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The networks of the tests are too small for a second thread to pay, sums must not depend on the machine's cores, and
+# several workers share them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = """\
 model: {kind: tiny}
@@ -45,6 +47,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("integration") and SWITCHED_OFF:
         name = SWITCHED_OFF[0]
         pytest.skip(f"this test needs the model hub, and {name}={os.environ[name]} switches it off")
+    if item.get_closest_marker("alone") and int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("a test marked alone needs -n 0")
     if item.get_closest_marker("cuda"):
         import torch
 
@@ -59,6 +63,10 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", os.environ.get("HF_HOME") or os.path.join(shared, "huggingface"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        arrow_files = str(tmp_path_factory.mktemp("datasets"))
+        patch.setenv("HF_DATASETS_CACHE", arrow_files)
+        if settings := sys.modules.get("datasets.config"):  # read once, when it is imported
+            patch.setattr(settings, "HF_DATASETS_CACHE", Path(arrow_files))
         yield
 
 
@@ -90,6 +98,53 @@ def write_config(tmp_path: Path) -> Callable[[str], Path]:
 def tiny_config(write_config: Callable[[str], Path]) -> Path:
     """A config that trains the tiny networks on built-in pictures for two steps; nothing is downloaded."""
     return write_config(TINY)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The path of a config that trains the tiny networks for six steps of four pictures, saving every second one."""
+    from runs import CONFIG
+
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs_to_copy(tmp_path_factory: pytest.TempPathFactory, cache_of_its_own: None) -> dict[int, Path]:
+    """Runs of `config` that ended after 2, 4 and 6 steps, for tests that begin with one; each takes a copy."""
+    from runs import CONFIG, train
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "run.yaml").write_text(CONFIG)
+    of_steps = {steps: folder / f"run-{steps}" for steps in (2, 4, 6)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OFFLINE_SWITCHES:
+            patch.setenv(name, "1")  # as for every test: a resume would name the change
+        for steps, run in of_steps.items():
+            assert train(folder / "run.yaml", run, "--set", f"train.max_steps={steps}") == 0
+    return of_steps
+
+
+@pytest.fixture
+def begun(runs_to_copy: dict[int, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Copy a run of `config` that ended after 2, 4 or 6 steps to `run`, or to another name, and return its path."""
+    from runs import copy_of
+
+    def begin(steps: int, name: str = "run") -> Path:
+        return copy_of(runs_to_copy[steps], tmp_path / name)
+
+    return begin
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process can import the plug-ins of the tests, and forgets the kinds that they define with the test."""
+    from trainer.registry import temporary_kinds
+
+    monkeypatch.syspath_prepend(PLUGINS)
+    with temporary_kinds():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_a_run_ends_with_the_shares_for_seen_and_held_out_combinations(write_con
 
 
 @pytest.mark.slow
-def test_the_shares_are_a_function_of_the_run_whether_it_was_interrupted_or_not(write_config: Write, tmp_path: Path):
+def test_the_shares_of_an_interrupted_run_are_those_of_the_unbroken_one(write_config: Write, tmp_path: Path):
     config = write_config(CONFIG)
     assert train(config, tmp_path / "whole") == 0
     assert train(config, tmp_path / "broken", "--set", "train.max_steps=2", "hooks=[]") == 0
@@ -61,7 +61,7 @@ def test_without_held_out_combinations_none_are_reported(write_config: Write, tm
     assert json.loads((tmp_path / "run" / "adherence.json").read_text())["held_out"] is None
 
 
-def test_pictures_of_another_source_cannot_be_read_and_are_refused_at_the_start(write_config, tmp_path, capsys):
+def test_pictures_of_another_source_are_refused_at_the_start(write_config, tmp_path, capsys):
     options = ["data.kind=imagefolder", f"data.data_root={tmp_path}"]
     assert train(write_config(CONFIG), tmp_path / "run", "--set", *options) == 2
     assert "adherence" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_every_module_has_a_floor():
     assert not gone, f"take {', '.join(gone)} out of FLOORS in {Path(__file__).name}: there is no such module"
 
 
-def test_modules_import_only_from_lower_floors_their_own_package_and_top_level_siblings():
+def test_modules_import_only_from_lower_floors_and_siblings():
     wrong = []
     for module, imported in OURS.items():
         for other in imported if module != "trainer" else ():
@@ -181,7 +181,7 @@ def test_the_command_line_lists_the_commands_that_there_are():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_what_it_does_and_shows_an_example_that_it_understands(name: str):
+def test_a_command_shows_an_example_that_it_understands(name: str):
     command = importlib.import_module(f"trainer.commands.{name}")
     assert command.__doc__
     assert callable(command.run)

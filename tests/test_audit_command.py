@@ -205,9 +205,7 @@ def test_the_policies_say_what_a_run_would_do(found: dict[str, Any]):
 
 
 @pytest.mark.parametrize("policy", ["data.on_bad=error", "data.on_missing_caption=error", "data.max_bad_fraction=0.05"])
-def test_the_exit_code_is_1_where_the_policies_of_the_config_refuse_the_data(
-    planted: Set, tmp_path, policy: str, capsys
-):
+def test_the_exit_code_is_1_where_the_policies_refuse_the_data(planted: Set, tmp_path, policy: str, capsys):
     found = audit(tmp_path, planted.root, "--workers", "0", "--set", policy, code=1)
     assert found["verdict"]["could_start"] is False
     assert "would be refused" in capsys.readouterr().out
@@ -311,7 +309,7 @@ class Page(HTMLParser):
             self.links.add(values["href"][1:])
 
 
-def test_the_page_needs_nothing_else_and_cannot_be_written_to_by_a_caption(tmp_path):
+def test_a_caption_cannot_write_markup_into_the_page(tmp_path):
     made = Set(tmp_path / "pictures")
     for i in range(3):
         made.add("", f"<b>{i}&.png", made.picture(30, 30), "<script>alert(1)</script>")

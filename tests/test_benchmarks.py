@@ -65,7 +65,7 @@ def test_demo_step_times_the_demo_with_one_thing_taken_away_at_a_time(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.text2image
-def test_checkpoints_times_saves_beside_torch_save_and_resumes_early_and_late(tmp_path):
+def test_checkpoints_times_saves_and_resumes(tmp_path):
     smallest = ["--rounds", "1", "--saves", "2", "--every", "4", "--channels", "16", "16", "--resumes", "1"]
     result = benchmark("checkpoints.py", tmp_path / "saves.json", *smallest, "--late", "30000")
     saving, resuming = result["saving"], result["resuming"]
@@ -119,7 +119,7 @@ def test_the_index_is_built_in_one_process_and_read_in_another(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.text2image
-def test_caching_times_a_build_a_start_without_news_and_the_wait_of_a_step(tmp_path):
+def test_caching_times_a_build_a_rebuild_and_the_wait_of_a_step(tmp_path):
     smallest = ["--rounds", "1", "--pictures", "8", "--picture-size", "40", "--image-size", "32", "--steps", "2"]
     result = benchmark("caching.py", tmp_path / "caching.json", *smallest, "--vaes", "8-8", "--train-workers", "0")
     row = result["vae"]["8-8"]

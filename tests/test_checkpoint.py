@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import copy_of, files, metrics
 
 from trainer.checkpoint import FORMAT, Retention, fault_of, find_newest, save_checkpoint, sealed
 from trainer.cli import main
@@ -35,6 +36,22 @@ def train(folder: Path, *options: str) -> int:
     return main(["train", "--config", str(config), "--output-dir", str(folder), *options])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that no test changes."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train(run) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after four steps, to be copied."""
+    run = tmp_path_factory.mktemp("four") / "run"
+    assert train(run, "--set", "train.max_steps=4") == 0
+    return run
+
+
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [
@@ -54,23 +71,18 @@ def test_the_best_checkpoint_of_a_run_stays_beside_the_newest_two(tmp_path: Path
     more = ["validation={every_steps: 1, max_records: 4}", "checkpoint.every_steps=1", "checkpoint.keep_best=1"]
     away = ["lr.peak=1.0", "ema.decay=0.99", "ema.warmup=false"]  # the average leaves its good start step by step
     assert train(run, "--set", *more, *away, "train.max_steps=5") == 0
-    losses = {step: line["validation_loss"] for step, line in enumerate(lines(run), start=1)}
+    losses = {step: line["validation_loss"] for step, line in enumerate(metrics(run), start=1)}
     best = min(losses, key=lambda step: losses[step])
     assert best < 4
     assert RunDir(run).checkpoint_steps() == sorted({best, 4, 5})
     assert json.loads(RunDir(run).sidecar(best).read_text())["validation_loss"] == losses[best]
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_checkpoint_saved_in_the_background_is_the_one_that_the_steps_would_have_waited_for(tmp_path: Path):
-    beside, waited = tmp_path / "beside", tmp_path / "waited"
-    assert train(beside) == 0
+def test_a_checkpoint_saved_in_the_background_is_the_one_of_its_step(whole: Path, tmp_path: Path):
+    waited = tmp_path / "waited"
     assert train(waited, "--set", "checkpoint.background=false") == 0
     for step in (4, 6):
-        ours, theirs = (torch.load(RunDir(run).checkpoint(step), weights_only=True) for run in (beside, waited))
+        ours, theirs = (torch.load(RunDir(run).checkpoint(step), weights_only=True) for run in (whole, waited))
         assert ours["step"] == theirs["step"] == step
         for a, b in zip(tensors(ours), tensors(theirs), strict=True):
             assert torch.equal(a, b)
@@ -97,7 +109,7 @@ def test_the_next_copy_takes_the_memory_of_the_one_before_where_it_fits():
         assert ours.data_ptr() != theirs.data_ptr()
 
 
-def test_a_save_that_fails_costs_one_checkpoint_and_the_next_is_tried_again(tmp_path: Path, capsys):
+def test_a_save_that_fails_costs_one_checkpoint(tmp_path: Path, capsys):
     run = tmp_path / "run"
     RunDir(run).checkpoint(2).mkdir(parents=True)  # in its place: the rename onto it fails
     assert train(run) == 0
@@ -140,17 +152,18 @@ def two_checkpoints(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_a_flipped_bit_is_found_at_each_of_200_positions_and_the_checkpoint_before_is_used(two_checkpoints: RunDir):
+@pytest.mark.parametrize("trials", [40, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.nightly])])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(two_checkpoints: RunDir, trials: int):
     newest = two_checkpoints.checkpoint(2)
     size, found = newest.stat().st_size, 0
-    for trial in range(200):
-        position, bit = trial * size // 200, trial % 8
+    for trial in range(trials):
+        position, bit = trial * size // trials, trial % 8
         flipped(newest, position, bit)
         heard: list[str] = []
         start = find_newest(two_checkpoints, heard.append)
         found += start is not None and start.path == two_checkpoints.checkpoint(1) and "sha256" in heard[0]
         flipped(newest, position, bit)
-    assert found == 200
+    assert found == trials
     start = find_newest(two_checkpoints, print)
     assert start is not None
     assert start.path == newest, "all bits are back"
@@ -193,9 +206,8 @@ def as_format_1_left_it(run_dir: RunDir, step: int) -> None:
     run_dir.records.unlink()
 
 
-def test_a_checkpoint_of_format_1_resumes_and_ends_as_the_unbroken_run_to_the_bit(tmp_path: Path, capsys):
-    whole, broken, branch = tmp_path / "whole", tmp_path / "broken", tmp_path / "branch"
-    assert train(whole) == 0
+def test_a_checkpoint_of_format_1_ends_as_the_unbroken_run(whole: Path, tmp_path: Path, capsys):
+    broken, branch = tmp_path / "broken", tmp_path / "branch"
     assert train(broken, "--set", "train.max_steps=2") == 0
     as_format_1_left_it(RunDir(broken), 2)
     assert fault_of(RunDir(broken), 2) is None
@@ -212,26 +224,25 @@ def test_a_checkpoint_of_format_1_resumes_and_ends_as_the_unbroken_run_to_the_bi
         assert ours["format"] == FORMAT
         for a, b in zip(tensors(ours), tensors(theirs), strict=True):
             assert torch.equal(a, b)
-        assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+        assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(whole)]
     assert RunDir(broken).records.is_file()
     assert train(broken, "--resume", "auto", "--set", "train.max_steps=8") == 0
     assert "is of format" not in capsys.readouterr().out
     assert main(["verify", str(broken)]) == 0
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over_for_an_older_one(tmp_path: Path, capsys):
-    run = tmp_path / "run"
-    assert train(run, "--set", "train.max_steps=4") == 0
+def test_a_checkpoint_of_a_newer_format_is_refused_not_passed_over(four_steps: Path, tmp_path: Path, capsys):
+    run = copy_of(four_steps, tmp_path / "run")
     rewritten(RunDir(run), 4, FORMAT + 1)
     sidecar = json.loads(RunDir(run).sidecar(4).read_text())
     del sidecar["sha256"]  # a newer format may call it by another name
     RunDir(run).sidecar(4).write_text(json.dumps(sealed(sidecar)))
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    before = files(run)
     assert train(run, "--resume", "auto") == 2
     said = capsys.readouterr().err
     assert f"the checkpoint is of format {FORMAT + 1}, this version reads up to {FORMAT}\n" in said
     assert "checkpoint-4.json" in said
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert files(run) == before
     assert main(["verify", str(run)]) == 1
     assert f"CHANGED  checkpoint-4.pt  the checkpoint is of format {FORMAT + 1}" in capsys.readouterr().out
 
@@ -259,9 +270,8 @@ def test_a_sidecar_of_no_format_is_damaged(two_checkpoints: RunDir, version: Any
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": 2}', "\x00"])
-def test_a_damaged_sidecar_of_an_older_checkpoint_costs_that_one_alone(tmp_path: Path, content: str):
-    run = tmp_path / "run"
-    assert train(run, "--set", "train.max_steps=4") == 0
+def test_a_damaged_sidecar_of_an_older_checkpoint_costs_that_one_alone(four_steps: Path, tmp_path: Path, content: str):
+    run = copy_of(four_steps, tmp_path / "run")
     RunDir(run).sidecar(2).write_text(content)
     assert train(run, "--resume", "auto") == 0
     assert RunDir(run).checkpoint_steps() == [2, 4, 6]

@@ -23,8 +23,17 @@ def trained(folder: Path, name: str, *overrides: str) -> str:
     return run
 
 
-def test_two_runs_of_one_config_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    a, b = trained(tmp_path, "a"), trained(tmp_path, "b")
+@pytest.fixture(scope="module")
+def a(tmp_path_factory: pytest.TempPathFactory, cache_of_its_own: None) -> str:
+    """The run that the others are compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # as for every test: `diff` would see it
+        patch.setenv("TRANSFORMERS_OFFLINE", "1")
+        return trained(tmp_path_factory.mktemp("a"), "a")
+
+
+def test_two_runs_of_one_config_are_the_same(a: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    b = trained(tmp_path, "b")
     capsys.readouterr()
     assert main(["diff", a, b]) == 0, capsys.readouterr().out
     output = capsys.readouterr().out
@@ -32,8 +41,7 @@ def test_two_runs_of_one_config_are_the_same(tmp_path: Path, capsys: pytest.Capt
     assert "metrics: the same for 4 steps" in output
 
 
-def test_a_changed_rate_is_named_with_the_first_step_whose_numbers_it_changes(tmp_path: Path, capsys):
-    a = trained(tmp_path, "a")
+def test_a_changed_rate_is_named_with_the_first_step_that_differs(a: str, tmp_path: Path, capsys):
     b = trained(tmp_path, "b", "lr.kind=linear", "lr.warmup_steps=1")
     capsys.readouterr()
     assert main(["diff", a, b]) == 1
@@ -42,8 +50,8 @@ def test_a_changed_rate_is_named_with_the_first_step_whose_numbers_it_changes(tm
     assert "metrics: differ first at step 3\n" in output, "the first two steps of both have the peak rate"
 
 
-def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):
-    a, b = trained(tmp_path, "a"), trained(tmp_path, "b", "data.data_seed=5")
+def test_other_data_are_told_by_their_fingerprint(a: str, tmp_path: Path, capsys):
+    b = trained(tmp_path, "b", "data.data_seed=5")
     capsys.readouterr()
     assert main(["diff", a, b]) == 1
     output = capsys.readouterr().out
@@ -52,8 +60,8 @@ def test_other_data_are_told_by_their_fingerprint(tmp_path: Path, capsys):
     assert "records: 16 removed, 16 added\n  'shapes/0/0': removed\n" in output, "the seed is in their keys"
 
 
-def test_the_records_that_differ_are_named(tmp_path: Path, capsys):
-    a, b = trained(tmp_path, "a"), trained(tmp_path, "b", "data.num_images=17")
+def test_the_records_that_differ_are_named(a: str, tmp_path: Path, capsys):
+    b = trained(tmp_path, "b", "data.num_images=17")
     capsys.readouterr()
     assert main(["diff", a, b]) == 1
     assert "records: 1 added\n  'shapes/0/16': added\n" in capsys.readouterr().out

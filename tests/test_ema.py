@@ -71,7 +71,7 @@ def test_a_skipped_step_changes_no_bit_of_the_average():
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_the_average_is_the_same_and_a_skipped_step_changes_no_bit():
+def test_on_a_gpu_a_skipped_step_changes_no_bit_of_the_average():
     host, device = Ema(EmaSpec(decay=0.9), weights(0)), Ema(EmaSpec(decay=0.9), weights(0, "cuda"))
     for step, skipped in enumerate((STEPPED, SKIPPED, STEPPED)):
         before = {name: average.clone() for name, average in device.average.items()}

@@ -28,7 +28,7 @@ def test_a_written_file_holds_the_data_and_nothing_else_is_left(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_an_exception_while_writing_keeps_the_old_content_and_removes_the_temp_file(tmp_path):
+def test_an_exception_while_writing_keeps_the_old_content(tmp_path):
     path = tmp_path / "checkpoint-1.pt"
     path.write_bytes(b"old")
     for error in (RuntimeError("PytorchStreamWriter failed"), OSError(28, "no space"), KeyboardInterrupt()):
@@ -69,7 +69,7 @@ def test_the_hash_taken_while_writing_is_the_hash_of_the_file(tmp_path):
     assert file.sha256() == sha256_file(tmp_path / "x.bin") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_sweep_removes_what_a_killed_run_left_and_no_file_of_anybody_else(tmp_path):
+def test_a_sweep_removes_only_what_a_killed_run_left(tmp_path):
     (tmp_path / "kept.json").write_text("{}")
     strangers = [
         "notes.tmp",
@@ -118,7 +118,7 @@ def test_a_file_name_that_is_not_utf8_survives_json(tmp_path):
     assert json.loads((tmp_path / "m.json").read_bytes()) == {"file": name}
 
 
-def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_storage_failed():
+def test_a_lasting_fault_of_the_disk_is_storage_failed():
     pauses, calls = [], []
 
     def third_time():

@@ -40,9 +40,7 @@ def latents(seed: int, times: torch.Tensor = TIMES, dtype: torch.dtype = torch.f
 
 
 @every_objective
-def test_an_objective_recovers_the_data_from_the_noisy_data_and_the_target(
-    part: type[Objective], values: dict[str, Any], make: Make
-):
+def test_an_objective_recovers_x0_from_x_t_and_the_target(part: type[Objective], values: dict[str, Any], make: Make):
     objective, x0, eps = make(part, **values), latents(0), latents(1)
     x_t, target = objective.corrupt(x0, eps, TIMES)
     assert x_t.shape == target.shape == x0.shape

@@ -139,7 +139,7 @@ def test_times_of_an_extreme_law_still_lie_in_the_half_open_unit_interval(mean: 
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 7, 32])
-def test_stratified_uniform_times_hit_every_stratum_of_the_global_batch_once(global_batch: int):
+def test_stratified_times_hit_every_stratum_of_a_batch_once(global_batch: int):
     law = TimestepLaw.parse({"kind": "uniform"})
     offsets = set()
     for step in range(50):
@@ -156,9 +156,7 @@ every_lr_law = pytest.mark.parametrize("part", kinds(LrLaw))
 
 @every_lr_law
 @pytest.mark.parametrize("warmup_steps", [0, 10])
-def test_a_learning_rate_rises_in_a_line_to_its_peak_and_never_leaves_it_upwards_or_below_zero(
-    part: type[LrLaw], warmup_steps: int, make: Make
-):
+def test_a_learning_rate_rises_in_a_line_and_stays_within_its_peak(part: type[LrLaw], warmup_steps: int, make: Make):
     law = make(part, peak=3e-4, warmup_steps=warmup_steps)
     rates = [law.rate(step, 100) for step in range(100)]
     assert rates[:warmup_steps] == [3e-4 * (step + 1) / warmup_steps for step in range(warmup_steps)]
@@ -168,9 +166,7 @@ def test_a_learning_rate_rises_in_a_line_to_its_peak_and_never_leaves_it_upwards
 
 
 @every_lr_law
-def test_a_learning_rate_is_a_function_of_the_step_and_says_if_it_is_one_of_the_length_too(
-    part: type[LrLaw], make: Make
-):
+def test_a_learning_rate_says_whether_it_depends_on_the_length(part: type[LrLaw], make: Make):
     law = make(part, warmup_steps=5)
     forwards = [law.rate(step, 50) for step in range(50)]
     backwards = [law.rate(step, 50) for step in reversed(range(50))]
@@ -226,7 +222,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("how", [step_unless, step_unless_flagged])
 @every_optimizer
-def test_a_skipped_step_changes_no_bit_of_weights_and_state_and_a_taken_one_does(
+def test_a_skipped_step_changes_no_bit_of_weights_and_state(
     part: type[OptimizerSpec], how: Callable[[torch.optim.Optimizer, torch.Tensor], None], make: Make
 ):
     one = OneOptimizer(make(part), how)
@@ -281,9 +277,7 @@ def contents(records: Records) -> list[Any]:
 
 
 @every_source
-def test_a_source_reads_the_same_records_twice_and_after_reopening_and_in_another_process(
-    part: type[Source], make: Make
-):
+def test_a_source_reads_the_same_records_each_time_it_is_opened(part: type[Source], make: Make):
     source = make(part)
     records = source.open()
     first = contents(records)

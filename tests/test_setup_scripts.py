@@ -62,7 +62,7 @@ def source(tmp_path):
 
 
 @every_shell
-def test_without_a_network_the_shell_lives_on_and_the_endpoint_is_left_unset(source, shell):
+def test_without_a_network_the_endpoint_is_left_unset(source, shell):
     variables, said = source(shell)
     assert variables == {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

@@ -70,7 +70,7 @@ def test_a_checkpoint_replaced_together_with_its_sidecar_is_found(copy: Path, ca
     assert changed(copy, capsys) == (1, ["checkpoint-4.pt"])
 
 
-def test_a_missing_checkpoint_a_missing_metrics_line_and_an_edited_config_are_found(copy: Path, capsys):
+def test_what_is_missing_or_edited_is_found(copy: Path, capsys):
     (copy / "checkpoint-2.json").unlink()
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
@@ -89,7 +89,7 @@ def test_an_edited_caption_is_found(trained: Path, copy: Path, capsys):
         metadata.write_text(before)
 
 
-def test_a_picture_changed_behind_an_unchanged_size_and_mtime_is_found_and_named(trained: Path, copy: Path, capsys):
+def test_a_picture_changed_behind_an_unchanged_size_and_time_is_found(trained: Path, copy: Path, capsys):
     picture = trained / "data" / "2.png"
     before, times = picture.read_bytes(), (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
     try:

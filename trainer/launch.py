@@ -95,7 +95,7 @@ def _train(
     for line in [*describe(training), *over_long(training)] if runtime.is_main else ():
         say(line)
     first = training.first_step
-    runtime.from_main(lambda: _prepare_folder(run_dir, lock, seen, start, say))
+    runtime.from_main(lambda: prepare_folder(run_dir, lock, seen, start, say))
     hooks = standard_hooks(checked, training, start)
     gc.enable()  # `train` switched it off for the start-up
     loop.run(training, hooks, control, say)
@@ -134,7 +134,7 @@ def _start(
     return start
 
 
-def _prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Found | None, say: loop.Say) -> None:
+def prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Found | None, say: loop.Say) -> None:
     """Rank 0: the folder as the next step wants it; raises UserError if another run took it in the meantime."""
     run_dir.create()
     lock.take()

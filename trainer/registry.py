@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -110,3 +113,21 @@ class Part(Section):
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:
         return {"kind": self.kind} | handler(self)
+
+
+@contextmanager
+def temporary_kinds() -> Iterator[None]:
+    """Within it plug-ins may define kinds; at its end they are forgotten, and their modules can be imported anew.
+
+    For the tests of plug-ins and for notebooks: a kind once defined would stay for the life of the process.
+    """
+    before = {family: set(family._kinds) for family in Part.__subclasses__()}
+    try:
+        yield
+    finally:
+        for family in Part.__subclasses__():
+            for kind in set(family._kinds) - before.get(family, set()):
+                module = family._kinds[kind].__module__
+                if module.partition(".")[0] != __name__.partition(".")[0]:
+                    del family._kinds[kind]
+                    sys.modules.pop(module, None)

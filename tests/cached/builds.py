@@ -139,9 +139,11 @@ def build_on(world_size: int, store: Store, wanted: list[Wanted], encoder: Any, 
     return ends
 
 
-def build_alone(store: Store, wanted: list[Wanted], encoder: Any, **options: Any) -> tuple[int, list[str]]:
+def build_alone(
+    store: Store, wanted: list[Wanted], encoder: Any, ranks: Alone | None = None, **options: Any
+) -> tuple[int, list[str]]:
     """How many were encoded, and what was said."""
-    ranks = Alone()
+    ranks = ranks or Alone()
     return build(store, wanted, encoder, ranks, **{**LIMITS, **options}), ranks.said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_changed_entry_is_the_only_one_that_is_encoded_again(tmp_path: Path):
     assert torch.equal(lookup.at(123), answer(wanted[123]).half().float())
 
 
-def test_another_recipe_has_a_folder_of_its_own_and_reads_nothing_of_this_one(tmp_path: Path):
+def test_another_recipe_reads_nothing_of_this_one(tmp_path: Path):
     store, encoder = make_store(tmp_path), Encoder(tmp_path / "log")
     build_alone(store, entries(70), encoder)
     others = [make_store(tmp_path, vae="1" * 64), make_store(tmp_path, dtype="bf16"), make_store(tmp_path, more=1)]
@@ -102,7 +103,7 @@ def test_a_damaged_shard_is_said_and_built_anew(tmp_path: Path):
         assert files(store) == before
 
 
-def test_a_shard_with_a_damaged_row_is_built_again_once_it_is_deleted_as_the_error_says(tmp_path: Path):
+def test_a_shard_with_a_damaged_row_is_built_again_once_it_is_deleted(tmp_path: Path):
     store, encoder = make_store(tmp_path), Encoder(tmp_path / "log")
     build_alone(store, entries(COUNT), encoder)
     before = files(store)
@@ -123,7 +124,7 @@ def test_a_build_says_what_is_to_come_how_far_it_is_and_how_it_went(tmp_path: Pa
     assert "are free in" in said[0]
     assert said[1].startswith("cache  32 of 400 encoded, ")
     assert said[1].endswith(" s to go")
-    assert said[-1].startswith("cache  400 encoded in 0 s, ")
+    assert re.match(r"cache  400 encoded in \d+ s, ", said[-1])
 
 
 def test_a_small_build_is_cut_so_that_every_rank_has_its_share(tmp_path: Path):

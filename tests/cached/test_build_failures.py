@@ -100,7 +100,7 @@ def test_a_shard_that_cannot_be_written_at_once_is_tried_again(tmp_path: Path, w
     assert files(store) == whole
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_encoded(tmp_path: Path, monkeypatch):
+def test_what_does_not_fit_on_the_disk_is_refused_before_encoding(tmp_path: Path, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)

@@ -12,7 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from builds import COUNT, SHARD, Encoder, answer, build_alone, build_on, die, entries, files, in_a_process, make_store
+from builds import (
+    COUNT,
+    SHARD,
+    Alone,
+    Encoder,
+    answer,
+    build_alone,
+    build_on,
+    die,
+    entries,
+    files,
+    in_a_process,
+    make_store,
+)
 
 from trainer.cached.lookup import Lookup, write_indexed
 from trainer.cached.store import Store
@@ -103,7 +116,7 @@ build_on(2, make_store(Path(sys.argv[1])), entries(500), Encoder(Path(sys.argv[2
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_a_build_killed_at_any_time_over_and_over_ends_with_the_same_files(tmp_path: Path, whole: dict[str, bytes]):
+def test_a_build_killed_over_and_over_ends_with_the_same_files(tmp_path: Path, whole: dict[str, bytes]):
     log, store = tmp_path / "log", make_store(tmp_path / "killed")
     kills = 0
     for tenths in range(30):
@@ -140,26 +153,42 @@ def test_what_a_killed_build_of_other_entries_left_is_used(tmp_path: Path):
     assert all(torch.equal(lookup.at(at), answer(entry).half().float()) for at, entry in enumerate(wanted))
 
 
-def begun(store: Store, log: Path, seconds_a_chunk: float) -> BaseProcess:
-    """A process that builds all entries and has come to its first chunk."""
+def begun(store: Store, log: Path, until: Path) -> BaseProcess:
+    """A process that builds all entries, has come to its first chunk, and stays there until a file is there."""
     started = log.with_suffix(".started")
 
-    def slowly(chunk: int) -> None:
+    def wait(chunk: int) -> None:
         started.touch()
-        time.sleep(seconds_a_chunk)
+        for _ in range(6000):
+            if until.exists():
+                return
+            time.sleep(0.01)
 
-    process = in_a_process(lambda: build_alone(store, entries(COUNT), Encoder(log, slowly)))
+    process = in_a_process(lambda: build_alone(store, entries(COUNT), Encoder(log, wait)))
     while not started.exists():
         assert process.is_alive()
         time.sleep(0.01)
     return process
 
 
-def test_of_two_builds_at_once_the_second_waits_and_encodes_nothing(tmp_path: Path):
-    store = make_store(tmp_path)
-    process = begun(store, tmp_path / "first.log", seconds_a_chunk=0.05)
+class Waiting(Alone):
+    """The only rank, which makes a file once it says that it waits."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def say(self, line: str) -> None:
+        super().say(line)
+        if "waiting for another run" in line:
+            self.file.touch()
+
+
+def test_of_two_builds_at_once_the_second_encodes_nothing(tmp_path: Path):
+    store, ranks = make_store(tmp_path), Waiting(tmp_path / "waits")
+    process = begun(store, tmp_path / "first.log", until=ranks.file)
     second = Encoder(tmp_path / "second.log")
-    count, said = build_alone(store, entries(COUNT), second)
+    count, said = build_alone(store, entries(COUNT), second, ranks)
     process.join(60)
     assert process.exitcode == 0
     assert (count, second.noted()) == (0, [])
@@ -169,7 +198,7 @@ def test_of_two_builds_at_once_the_second_waits_and_encodes_nothing(tmp_path: Pa
 def test_a_run_that_needs_nothing_new_does_not_wait_for_one_that_builds(tmp_path: Path):
     store = make_store(tmp_path)
     build_alone(store, entries(70), Encoder(tmp_path / "log"))
-    process = begun(store, tmp_path / "log", seconds_a_chunk=60)
+    process = begun(store, tmp_path / "log", until=tmp_path / "never")
     assert build_alone(store, entries(70), Encoder(tmp_path / "log"))[0] == 0
     process.kill()
     process.join()

@@ -162,15 +162,17 @@ def test_deleting_a_damaged_shard_is_the_cure(tmp_path: Path, store: Store):
     assert files(store) == before
 
 
-def test_no_bit_of_a_shard_flips_unseen(store: Store):
-    path = shards(store)[0]
+def test_no_bit_of_a_shard_flips_unseen(tmp_path: Path):
+    store = make_store(tmp_path)
+    build_alone(store, entries(30), Encoder(tmp_path / "log"))
+    path, other = shards(store)
     whole = path.read_bytes()
     places = {*range(600), *range(600, len(whole), 97)}
     for at in sorted(places):
         flip(path, at)
         faults = dict(verify_store(store.folder, print))
         assert faults[path.name] is not None, f"byte {at} of {len(whole)}"
-        assert sum(fault is not None for fault in faults.values()) == 1
+        assert faults[other.name] is None
         path.write_bytes(whole)
     assert set(dict(verify_store(store.folder, print)).values()) == {None}
 
@@ -242,7 +244,9 @@ def read_in_a_process(lookup: Lookup, pipe) -> None:
     pipe.close()
 
 
-@pytest.mark.parametrize(("method", "opened"), [("fork", False), ("fork", True), ("spawn", True)])
+@pytest.mark.parametrize(
+    ("method", "opened"), [("fork", False), ("fork", True), pytest.param("spawn", True, marks=pytest.mark.slow)]
+)
 def test_a_lookup_is_read_in_other_processes(store: Store, method: str, opened: bool):
     lookup = Lookup(write_indexed(store, keys()))
     if opened:
@@ -260,7 +264,9 @@ def test_a_lookup_pickles_as_little_more_than_its_path(store: Store):
     lookup = Lookup(write_indexed(store, keys()))
     rows(lookup)
     assert len(pickle.dumps(lookup)) < 600
-    assert torch.equal(pickle.loads(pickle.dumps(lookup)).at(7), lookup.at(7))
+    again = rows(pickle.loads(pickle.dumps(lookup)))  # all that a spawned process is given
+    assert len(again) == COUNT
+    assert all(torch.equal(one, other) for one, other in zip(again, rows(lookup), strict=True))
 
 
 def test_open_shards_hold_no_file_descriptors(store: Store):
@@ -280,7 +286,7 @@ def test_open_shards_hold_no_file_descriptors(store: Store):
         (4).to_bytes(8, "little") + b'{"a"',
     ],
 )
-def test_a_file_that_is_no_safetensors_is_damaged_and_nothing_worse(tmp_path: Path, content: bytes):
+def test_a_file_that_is_no_safetensors_counts_as_damaged(tmp_path: Path, content: bytes):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(DamagedError):
         map_tensors(tmp_path / "file")

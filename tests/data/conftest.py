@@ -26,7 +26,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fresh_shard_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Dangerous(Records):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_record_is_told_of_once_whatever_reading_it_raises(workers: int):
+def test_each_record_is_reported_once_whatever_reading_it_raises(workers: int):
     records = Dangerous(70, {3: "raise", 40: "refuse"})
     seen = list(read_all(records, workers))
     assert sorted(index for index, _ in seen) == list(range(70))
@@ -67,7 +67,7 @@ def test_each_record_is_told_of_once_whatever_reading_it_raises(workers: int):
 
 
 @pytest.mark.slow
-def test_a_record_that_ends_or_hangs_its_reader_is_named_and_all_others_are_read():
+def test_a_record_that_ends_or_hangs_its_reader_costs_no_other_record():
     records = Dangerous(70, {0: "crash", 1: "crash", 20: "hang", 69: "crash"})
     started = time.monotonic()
     seen = list(read_all(records, workers=2, stuck_seconds=8.0))

@@ -86,7 +86,7 @@ def test_a_plan_without_buckets_reads_members_as_it_reads_their_list():
     assert computed.bucket(0) is None
 
 
-def test_members_take_little_beside_the_codes_and_pickle_as_small():
+def test_members_take_little_more_than_the_codes_to_pickle():
     codes = np.random.default_rng(0).integers(0, 40, 1_000_000).astype(np.uint8)
     members = Members(codes)
     counts = len(pickle.dumps(members)) - codes.nbytes
@@ -95,8 +95,8 @@ def test_members_take_little_beside_the_codes_and_pickle_as_small():
     assert [again.member(3, j) for j in range(500)] == [members.member(3, j) for j in range(500)]
 
 
-def test_members_of_a_mapped_file_pickle_without_it_and_of_a_part_of_it_with_it(tmp_path):
-    codes = coded([60_000, 40_000])
+def test_members_of_a_whole_mapped_file_pickle_without_its_bytes(tmp_path):
+    codes = coded([12_000, 8_000])
     codes.tofile(tmp_path / "codes")
     members = Members(np.memmap(tmp_path / "codes", np.uint8, mode="r"))
     assert len(pickle.dumps(members)) < 2000
@@ -107,7 +107,7 @@ def test_members_of_a_mapped_file_pickle_without_it_and_of_a_part_of_it_with_it(
 
 
 @pytest.mark.parametrize(("counts", "global_batch"), cases())
-def test_over_e_epochs_every_record_is_read_e_times_and_little_is_read_ahead(counts, global_batch):
+def test_over_e_epochs_every_record_is_read_e_times_but_for_a_few_ahead(counts, global_batch):
     codes, plan = planned(counts, global_batch)
     read, epochs = Counter(), 5
     for epoch in range(epochs):
@@ -125,7 +125,7 @@ def test_over_e_epochs_every_record_is_read_e_times_and_little_is_read_ahead(cou
 
 @pytest.mark.parametrize("remainder", KINDS)
 @pytest.mark.parametrize(("counts", "global_batch"), cases())
-def test_a_global_batch_is_of_one_bucket_and_every_slot_of_it_says_which(counts, global_batch, remainder):
+def test_all_slots_of_a_global_batch_are_of_one_bucket(counts, global_batch, remainder):
     if remainder == "drop":  # some bucket has to fill a batch
         counts = [*counts[:-1], max(counts[-1], global_batch)]
     codes, plan = planned(counts, global_batch, remainder=remainder)
@@ -199,7 +199,7 @@ def test_an_epoch_smaller_than_a_batch_may_have_none():
 
 
 @pytest.mark.parametrize("remainder", KINDS)
-def test_a_slot_reads_the_same_record_after_a_jump_in_any_order_and_after_pickling(remainder):
+def test_a_slot_reads_the_same_record_whatever_was_read_before(remainder):
     counts = [300, 11, 64]
     _, plan = planned(counts, 16, seed=3, remainder=remainder)
     walked = [(plan.record(slot), plan.bucket(slot)) for slot in range(16 * 100)]
@@ -228,7 +228,7 @@ def test_any_topology_reads_the_same_batches_of_one_bucket(world_size, micro_bat
     assert [sorted(batch) for batch in read] == expected
 
 
-def test_seeds_and_epochs_have_different_orders_of_batches_and_of_records():
+def test_every_seed_and_epoch_has_other_orders_of_batches_and_records():
     orders, shapes = set(), set()
     for seed in (0, 1):
         _, plan = planned([160, 160], 16, seed=seed)
@@ -261,7 +261,7 @@ def test_a_bucket_that_is_added_leaves_the_order_within_the_others_alone():
 
 
 @pytest.mark.parametrize("remainder", KINDS)
-def test_a_plan_depends_on_the_sizes_of_the_buckets_and_not_on_their_numbers(remainder):
+def test_a_plan_does_not_depend_on_how_the_buckets_are_numbered(remainder):
     codes, plan = planned([50, 33, 70], 10, remainder=remainder)
     turned = np.where(codes < 3, 2 - codes, codes).astype(np.uint8)
     other = BucketPlan(Members(turned), BUCKETS[:3][::-1], 10, 0, remainder)
@@ -284,7 +284,7 @@ def test_a_plan_is_the_same_in_every_version():
     ]
 
 
-def test_with_all_records_in_one_bucket_its_stream_is_one_permutation_after_the_other():
+def test_the_stream_of_one_bucket_is_one_permutation_after_the_other():
     codes, plan = planned([43], 8)
     indices = np.flatnonzero(codes == 0).tolist()
     orders = [Permutation(43, 0, f"bucket order {BUCKETS[0]}", epoch) for epoch in range(8)]
@@ -319,7 +319,7 @@ def test_without_any_record_in_a_bucket_the_causes_are_counted():
         BucketPlan(Members(np.zeros(0, np.uint8)), BUCKETS, 4, 0)
 
 
-def test_dropping_all_records_is_refused_with_the_largest_batch_that_would_do():
+def test_dropping_all_records_is_refused_with_the_largest_usable_batch():
     codes = coded([3, 7])
     with pytest.raises(
         UserError, match=r"448x576 has the most records, 7.*\n  in train.global_batch_size\n  7 or less"

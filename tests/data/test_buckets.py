@@ -42,7 +42,7 @@ def test_the_buckets_of_512_px_are_those_that_everybody_has():
 
 
 @pytest.mark.parametrize(("image_sizes", "step_px", "max_aspect"), SETS)
-def test_buckets_keep_to_step_area_and_aspect_and_are_as_large_as_these_allow(image_sizes, step_px, max_aspect):
+def test_buckets_are_as_large_as_step_area_and_aspect_allow(image_sizes, step_px, max_aspect):
     buckets = make_buckets(image_sizes, step_px, max_aspect)
     assert len(set(buckets)) == len(buckets)
     squares = {Bucket(side // step_px * step_px, side // step_px * step_px) for side in image_sizes}
@@ -71,16 +71,14 @@ def test_no_size_is_missing(image_sizes, step_px, max_aspect):
 
 
 @pytest.mark.parametrize(("image_sizes", "step_px", "max_aspect"), SETS)
-def test_buckets_come_from_the_tallest_to_the_widest_and_of_one_shape_the_smaller_first(
-    image_sizes, step_px, max_aspect
-):
+def test_buckets_come_from_the_tallest_to_the_widest_small_before_large(image_sizes, step_px, max_aspect):
     buckets = make_buckets(image_sizes, step_px, max_aspect)
     assert buckets == make_buckets(tuple(reversed(image_sizes)), step_px, max_aspect)
     order = [(Fraction(width, height), width) for width, height in buckets]
     assert order == sorted(order)
 
 
-def test_more_buckets_than_fit_a_byte_are_refused_with_a_step_that_is_enough():
+def test_too_many_buckets_for_a_byte_are_refused_with_a_sufficient_step():
     with pytest.raises(UserError) as error:
         make_buckets([1024], 8, 4.0)
     assert "buckets with sides in steps of 8 px; at most 250" in error.value.what
@@ -127,7 +125,7 @@ def test_a_picture_of_a_buckets_own_size_gets_that_bucket():
     assert assign([b.width for b in buckets], [b.height for b in buckets], buckets).tolist() == [*range(len(buckets))]
 
 
-def test_of_buckets_that_cut_equally_little_the_larger_is_taken_and_then_the_wider():
+def test_of_buckets_that_cut_equally_the_larger_then_the_wider_is_taken():
     for buckets, best in (
         ([Bucket(64, 128), Bucket(128, 64)], 1),
         ([Bucket(128, 64), Bucket(64, 128)], 0),
@@ -165,7 +163,7 @@ def test_pictures_too_large_for_64_bit_products_are_assigned_exactly():
     assert assign([side, side - 1, side], [side, side, side - 1], tie).tolist() == [1, 0, 1]
 
 
-def test_a_picture_has_the_same_bucket_in_any_company_and_of_any_integers():
+def test_a_pictures_bucket_depends_on_no_other_picture_or_integer_type():
     buckets = make_buckets([512], 64, 2.0)
     widths, heights = sizes(200_000, seed=3)
     codes = assign(widths, heights, buckets, 2.0, 4.0)
@@ -175,7 +173,7 @@ def test_a_picture_has_the_same_bucket_in_any_company_and_of_any_integers():
     assert assign([], [], buckets).tolist() == []
 
 
-def test_the_codes_of_many_pictures_take_little_memory_beside_themselves():
+def test_assigning_buckets_takes_little_memory_over_that_of_its_codes():
     buckets = make_buckets([1024], 16, 4.0)
     widths, heights = (side.astype(np.uint16) for side in sizes(300_000, seed=4))
     tracemalloc.start()

@@ -41,7 +41,7 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name(tmp_path):
     assert "set data.split=train" in refusal(saved(tmp_path / "plain"), split="validation")
 
 
-def test_parquet_files_of_a_split_are_told_by_their_names(tmp_path):
+def test_parquet_files_of_a_split_are_found_by_their_names(tmp_path):
     names = ["data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001", "extra/dev"]
     for number, name in enumerate(names):
         parquet(tmp_path / "set" / f"{name}.parquet", [png()] * (number + 1), kind=pa.binary())
@@ -66,7 +66,7 @@ def test_another_file_of_the_same_name_length_and_time_is_converted_anew(tmp_pat
     assert [open_set(path)[i].captions for i in range(2)] == [("cow",), ("pig",)]
 
 
-def test_what_is_no_data_set_is_told(tmp_path, monkeypatch):
+def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         f"'./gone' does not exist\n  in data.dataset\n  relative paths start at the working directory, {tmp_path}"

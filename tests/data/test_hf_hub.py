@@ -69,7 +69,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     Hub.files, Hub.card, Hub.status = {}, {}, {}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -82,13 +82,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
     yield Hub
     huggingface_hub.close_session()
     server.shutdown()
+    server.server_close()
 
 
 def table(folder: Path, count: int) -> bytes:
     return parquet(folder / "made.parquet", [png()] * count, kind=pa.binary()).read_bytes()
 
 
-def test_a_data_set_on_the_hub_is_downloaded_by_split_and_names_its_commit(hub, tmp_path, capfd):
+def test_of_a_data_set_on_the_hub_only_the_split_is_downloaded(hub, tmp_path, capfd):
     for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001"), 1):
         hub.files[f"data/{name}.parquet"] = table(tmp_path, number)
     records = open_set("me/set", split="test")
@@ -143,7 +144,7 @@ def test_a_repository_cannot_name_files_outside_of_itself(hub, tmp_path):
         assert "it has no parquet file" in refusal("me/set")
 
 
-def test_a_data_set_without_parquet_is_told_where_a_copy_may_be(hub):
+def test_a_refused_data_set_without_parquet_says_where_a_copy_may_be(hub):
     hub.files["pictures.zip"] = hub.files["script.py"] = b"import os"
     assert "data.revision=refs/convert/parquet is a copy" in refusal("me/set")
 

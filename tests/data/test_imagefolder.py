@@ -64,7 +64,7 @@ CAPTION_FAULTS = {
 
 
 @pytest.mark.parametrize("case", CAPTION_FAULTS)
-def test_a_caption_without_words_is_told_with_its_line_and_its_record_reads_as_without_one(tmp_path, case):
+def test_a_caption_without_words_is_reported_with_its_line(tmp_path, case):
     for name in "ab":
         picture(tmp_path / f"{name}.png")
     caption, fault = CAPTION_FAULTS[case]
@@ -81,7 +81,7 @@ SOME_FAULTS = {
 
 
 @pytest.mark.parametrize("case", SOME_FAULTS)
-def test_of_several_captions_those_that_can_be_used_are_kept_and_the_others_told(tmp_path, case):
+def test_of_several_captions_only_the_usable_ones_are_kept(tmp_path, case):
     picture(tmp_path / "a.png")
     captions, fault = SOME_FAULTS[case]
     records = open_lines(tmp_path, line("a.png", captions))
@@ -91,7 +91,7 @@ def test_of_several_captions_those_that_can_be_used_are_kept_and_the_others_told
     assert told.startswith(f"{tmp_path}/metadata.jsonl:1: 'a.png': {fault}")
 
 
-def test_a_line_without_the_column_is_told_what_column_may_be_meant(tmp_path):
+def test_a_line_without_the_caption_column_names_the_likely_one(tmp_path):
     for name in "ab":
         picture(tmp_path / f"{name}.png")
     (index, fault), *others = open_lines(tmp_path, line("a.png"), '{"file_name": "b.png", "txt": "x"}').caption_faults()
@@ -99,7 +99,7 @@ def test_a_line_without_the_column_is_told_what_column_may_be_meant(tmp_path):
     assert "no column 'text'; the line has 'file_name', 'txt': set data.caption_column=txt?" in fault
 
 
-def test_captions_that_are_not_utf8_are_told_and_their_records_kept(tmp_path):
+def test_a_caption_that_is_not_utf8_is_reported_with_its_line(tmp_path):
     for name in "ab":
         picture(tmp_path / f"{name}.png")
     bad = b'{"file_name": "b.png", "text": "caf\xe9"}\n'
@@ -109,7 +109,7 @@ def test_captions_that_are_not_utf8_are_told_and_their_records_kept(tmp_path):
     assert records[1].captions == ("",)
 
 
-def test_text_files_beside_the_pictures_hold_their_captions_a_line_each(tmp_path):
+def test_text_files_next_to_the_pictures_hold_a_caption_per_line(tmp_path):
     for name in ("b.png", "a.jpg", "sub/deep/c.webp", ".hidden/x.png"):
         picture(tmp_path / name)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n  two  \n")
@@ -122,7 +122,7 @@ def test_text_files_beside_the_pictures_hold_their_captions_a_line_each(tmp_path
     assert records.image(2).size == (4, 4)
 
 
-def test_a_text_file_without_captions_is_told_from_one_that_is_not_there_or_not_read(tmp_path):
+def test_why_a_text_file_gives_no_caption_is_said(tmp_path):
     for name in "abcd":
         picture(tmp_path / "set" / f"{name}.png")
     (tmp_path / "set" / "a.TXT").write_text("one")
@@ -139,7 +139,7 @@ def test_a_text_file_without_captions_is_told_from_one_that_is_not_there_or_not_
     ]
 
 
-def test_text_files_beside_pictures_that_metadata_lists_are_told_of_as_not_read(tmp_path):
+def test_a_note_says_that_text_files_are_not_read_next_to_metadata(tmp_path):
     for name in ("a.png", "b.png"):
         picture(tmp_path / name)
     assert open_lines(tmp_path, line("a.png"), line("b.png")).notes() == []
@@ -157,7 +157,7 @@ def test_a_changed_text_file_is_seen_at_once(tmp_path):
         assert open_folder(tmp_path)[0].captions == (text,)
 
 
-def test_missing_files_are_left_to_the_policy_where_bad_pictures_may_be_left_out(tmp_path):
+def test_a_missing_file_is_a_bad_picture_where_those_may_be_skipped(tmp_path):
     picture(tmp_path / "a.png")
     records = open_lines(tmp_path, line("a.png"), line("gone.png"), on_bad="skip")
     assert [look.fault for look in records.looks()] == [None, "picture cannot be read: No such file or directory"]
@@ -179,7 +179,7 @@ def test_a_relative_data_root_starts_at_the_working_directory(tmp_path, monkeypa
     assert pickle.loads(pickle.dumps(records)).image(0).size == (4, 4)
 
 
-def test_indexing_and_fingerprinting_import_no_torch_and_indexing_decodes_nothing(tmp_path):
+def test_neither_torch_nor_pillow_is_imported_to_index_a_folder(tmp_path):
     for name in ("a.png", "b.png"):
         picture(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(line("a.png") + "\n" + line("b.png"))

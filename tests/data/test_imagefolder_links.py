@@ -28,7 +28,7 @@ def old_lines(root: Path, *lines: str) -> ImageFolderRecords:
 
 
 @pytest.mark.parametrize("by", ["file", "directory"])
-def test_a_link_that_leaves_the_folder_is_refused_also_after_the_index_was_made(tmp_path, by):
+def test_a_link_that_leaves_the_folder_is_refused_even_after_indexing(tmp_path, by):
     names = ["sub/a.png", "sub/b.png", "c.png", "sub/d.png"]
     for name in names:
         picture(tmp_path / "set" / name)
@@ -57,7 +57,7 @@ def test_a_link_that_leaves_the_folder_is_refused_also_after_the_index_was_made(
             }
 
 
-def test_links_inside_of_a_root_that_is_a_link_are_looked_at(tmp_path):
+def test_links_inside_of_a_root_that_is_a_link_are_followed(tmp_path):
     picture(tmp_path / "real" / "sub" / "a.png")
     (tmp_path / "real" / "b.png").symlink_to("sub/a.png")
     (tmp_path / "link").symlink_to("real")

@@ -51,7 +51,7 @@ def test_a_file_an_empty_folder_and_two_metadata_files_are_refused(tmp_path):
     assert "keep one of them" in refusal(tmp_path / "set", line("a.png"))
 
 
-def test_pictures_without_metadata_are_told_what_a_line_looks_like(tmp_path):
+def test_refused_pictures_without_metadata_show_a_line_to_write(tmp_path):
     picture(tmp_path / "my cat.png")
     with pytest.raises(UserError) as error:
         open_folder(tmp_path, caption_column="prompt")
@@ -139,7 +139,7 @@ def test_a_file_name_that_is_not_utf8_is_refused_with_its_line(tmp_path):
         open_folder(tmp_path)
 
 
-def test_all_problems_are_told_together_up_to_twenty(tmp_path):
+def test_all_problems_are_listed_together_up_to_twenty(tmp_path):
     picture(tmp_path / "a.png")
     told = refusal(tmp_path, line("a.png"), "{", line("../x"), line("gone.png"), line("a.png", 1))
     assert told.startswith("4 problems")

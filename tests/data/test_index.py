@@ -39,7 +39,7 @@ def test_rows_are_read_once_for_an_equal_identity():
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "a.txt"), ValueError("bad")])
-def test_an_error_of_reading_the_rows_is_raised_at_once_and_leaves_nothing_behind(cache, error):
+def test_an_error_of_reading_the_rows_leaves_no_index_behind(cache, error):
     rows = Counted(error)
     with pytest.raises(type(error)) as raised:
         indexed({"of": 1}, no_columns, rows)

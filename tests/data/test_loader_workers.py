@@ -7,28 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
 import torch
+from forked import PLUGINS, environment
 
 from trainer.data.loader import read_ahead
 
 MEGABYTES = 2**18  # of float32
-
-# A trainer that dies while its workers write: no handler runs, and nobody reads the rest.
-KILLED = f"""
-import multiprocessing, os, torch
-from trainer.data.loader import read_ahead
-
-class Large:
-    def __getitem__(self, item): return torch.zeros({2 * MEGABYTES})
-
-batches = read_ahead(Large(), [[number] for number in range(100)], workers=2)
-next(batches)
-print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-os.kill(os.getpid(), 9)
-"""
 
 
 class Drawn:
@@ -57,13 +45,30 @@ def test_a_worker_that_is_killed_within_a_message_is_an_error():
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_workers_end_with_a_trainer_that_was_killed_while_they_wrote():
-    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        pids = [int(pid) for pid in trainer.stdout.readline().split()]
+@pytest.mark.parametrize("script", ["killed_while_workers_write", "killed_before_workers_begin"])
+def test_workers_end_with_a_trainer_that_was_killed(script: str):
+    command = [sys.executable, str(PLUGINS / f"{script}.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as trainer:
         assert trainer.wait() == -signal.SIGKILL
-    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    for worker in alive:
-        worker.kill()
-    assert not alive
+        pids: list[int] = []
+        while len(pids) < 2:  # not to the end of the pipe, which they hold
+            assert trainer.stdout is not None
+            line = trainer.stdout.readline()
+            assert line, "the trainer ended before it had started two workers"
+            pids += map(int, line.split())
+    assert pids
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in pids if runs(pid)]:
+        if time.monotonic() > deadline:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("the workers outlive their trainer")
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import sqlite3
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 from pictures import LONG_AGO
 from PIL import Image
 
+from trainer.data import looks
 from trainer.data.image_file import MAX_PIXELS
 from trainer.data.looks import NOTHING, LookMemory, look_at_files
 from trainer.data.record import Look, silent
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("memory")
 
@@ -55,7 +55,9 @@ def test_another_size_or_mtime_makes_it_be_read_again(tmp_path: Path, content: b
     assert hashes([path]) != first
 
 
-def test_a_file_that_may_still_change_within_its_mtime_is_not_remembered(tmp_path: Path):
+def test_a_file_that_may_still_change_within_its_mtime_is_not_remembered(tmp_path: Path, monkeypatch):
+    assert looks.RACY_NS >= 2 * 10**9, "the coarsest time of change, of FAT, is 2 s"
+    monkeypatch.setattr(looks, "RACY_NS", 3600 * 10**9)  # however slow this machine is
     path = tmp_path / "a.png"
     now = time.time_ns()
     put(path, b"before", now)
@@ -65,16 +67,16 @@ def test_a_file_that_may_still_change_within_its_mtime_is_not_remembered(tmp_pat
 
 
 def test_hashes_come_in_the_order_of_the_files_whoever_is_ready_first(tmp_path: Path):
-    paths = [tmp_path / f"{i}.png" for i in range(3000)]
+    paths = [tmp_path / f"{i}.png" for i in range(1200)]  # more than are looked at ahead
     for i, path in enumerate(paths):
-        put(path, b"%d" % i * (100_000 if i % 500 == 0 else 1))
+        put(path, b"%d" % i * (100_000 if i % 200 == 0 else 1))
     first = hashes(paths)
-    assert len(set(first)) == 3000
+    assert len(set(first)) == 1200
     assert hashes(paths[::-1]) == first[::-1]
     assert hashes(paths, fresh=True) == first
 
 
-def test_a_picture_that_cannot_be_read_is_told_by_its_look_and_never_remembered(tmp_path: Path, memory: Path):
+def test_a_picture_that_cannot_be_read_is_never_remembered(tmp_path: Path, memory: Path):
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         put(path, b"x")
@@ -121,7 +123,7 @@ def test_names_that_are_not_utf_8_are_remembered_too(tmp_path: Path):
 
 
 def test_a_memory_with_a_flipped_bit_or_cut_short_gives_no_wrong_hash(tmp_path: Path, memory: Path):
-    paths = [tmp_path / f"{i}.png" for i in range(30)]
+    paths = [tmp_path / f"{i}.png" for i in range(16)]
     for i, path in enumerate(paths):
         put(path, b"%d" % i)
     right = hashes(paths)
@@ -131,12 +133,13 @@ def test_a_memory_with_a_flipped_bit_or_cut_short_gives_no_wrong_hash(tmp_path: 
         damaged[trial * len(whole) // 200] ^= 1 << trial % 8
         memory.write_bytes(damaged)
         assert hashes(paths) == right, trial
-        memory.write_bytes(whole[: trial * len(whole) // 200])
-        assert hashes(paths) == right, trial
+        if trial % 4 == 0:
+            memory.write_bytes(whole[: trial * len(whole) // 200])
+            assert hashes(paths) == right, trial
 
 
 @pytest.mark.parametrize("damage", ["no database", "a folder", "a file in the way", "another table", "no home"])
-def test_a_memory_that_cannot_be_used_costs_a_note_and_nothing_else(
+def test_a_memory_that_cannot_be_used_costs_only_a_note(
     tmp_path: Path, memory: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "a.png"
@@ -177,30 +180,25 @@ def test_a_memory_that_another_process_locks_costs_its_use_only(tmp_path: Path, 
         other.close()
 
 
+def look_three_times(paths: list[Path], start: Barrier, answers: Connection) -> None:
+    heard: list[str] = []
+    start.wait(60)
+    answers.send(([hashes(paths, fresh=True, heard=heard) for _ in range(3)], heard))
+
+
 def test_several_processes_hash_and_remember_at_once(tmp_path: Path, memory: Path):
-    for i in range(400):
-        put(tmp_path / f"{i}.png", b"%d" % i)
-    code = """
-import sys
-from pathlib import Path
-from trainer.data.looks import look_at_files
-heard = []
-paths = [f"{sys.argv[1]}/{i}.png" for i in range(400)]
-for _ in range(5):
-    print(*(look.content for look in look_at_files(paths, 400, 1000, True, heard.append)))
-assert not heard, heard
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    said = [process.communicate(timeout=120) for process in running]
-    assert not any(error for _, error in said)
-    assert len({line for output, _ in said for line in output.splitlines()}) == 1
+    paths = [tmp_path / f"{i}.png" for i in range(200)]
+    for i, path in enumerate(paths):
+        put(path, b"%d" % i)
+    context = multiprocessing.get_context("fork")
+    start, pipes = context.Barrier(4), [context.Pipe(duplex=False) for _ in range(4)]
+    for _, answers in pipes:
+        context.Process(target=look_three_times, args=(paths, start, answers), daemon=True).start()
+        answers.close()
+    right = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert [here.recv() for here, _ in pipes] == [([right] * 3, [])] * 4
     remembered = LookMemory(str(memory), silent)
-    assert len(remembered.known([str(tmp_path / f"{i}.png") for i in range(400)])) == 400
+    assert len(remembered.known([str(path) for path in paths])) == 200
     remembered.close()
 
 

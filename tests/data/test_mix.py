@@ -72,7 +72,7 @@ def test_repeats_list_a_record_several_times_under_keys_that_stay_unique(tmp_pat
     assert again.fingerprint() == records.fingerprint()
 
 
-def test_every_record_has_its_reads_side_by_side_and_no_two_counts_differ_by_more_than_one():
+def test_reads_of_a_record_are_adjacent_and_counts_differ_by_one_at_most():
     for length in range(1, 14):
         for reads in range(length, 4 * length + 3):
             part = Mixed(ShapeRecords(length, 32), None, "", reads)
@@ -84,7 +84,7 @@ def test_every_record_has_its_reads_side_by_side_and_no_two_counts_differ_by_mor
 
 
 @pytest.mark.parametrize("lengths, weights", [((100, 30), (0.7, 0.3)), ((7, 1000, 33), (1, 2, 0.1)), ((5, 5), (1, 9))])
-def test_a_weight_is_met_within_one_record_and_every_record_is_read(lengths, weights):
+def test_a_weight_is_met_within_one_record(lengths, weights):
     each = [shapes(n, seed=seed, weight=w) for seed, (n, w) in enumerate(zip(lengths, weights, strict=True))]
     records = opened(*each)
     total, whole = len(records), sum(Fraction(str(weight)) for weight in weights)
@@ -137,7 +137,7 @@ def test_a_key_that_a_repeat_would_have_is_refused(tmp_path, own):
     assert len(opened({"source": a}, {"source": b})) == 2 + own
 
 
-def test_missing_captions_are_told_for_every_repeat(tmp_path):
+def test_missing_captions_are_reported_for_every_repeat(tmp_path):
     a, b = folder(tmp_path / "a", "x.png"), folder(tmp_path / "b", "y.png", "z.png", caption="")
     records = opened({"source": a, "repeats": 2}, {"source": b, "repeats": 2})
     faults = list(records.caption_faults())

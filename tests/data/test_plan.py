@@ -64,7 +64,7 @@ def test_batches_of_any_size_and_topology_read_every_record_once_an_epoch(
         (8, 4, ["run    20 steps x 4 images = 80 images = 10 epochs"]),
     ],
 )
-def test_the_equations_say_what_becomes_of_records_that_fill_no_whole_batch(write_config, records, global_batch, said):
+def test_the_equations_say_what_becomes_of_records_short_of_a_batch(write_config, records, global_batch, said):
     config = write_config(
         f"""\
 model: {{kind: tiny}}
@@ -86,7 +86,7 @@ def test_epochs_and_seeds_have_different_orders():
     assert len(orders) == 4
 
 
-def test_a_slot_reads_the_same_record_in_any_order_of_calls_and_after_pickling():
+def test_a_slot_reads_the_same_record_whatever_was_read_before():
     plan = BatchPlan(range(1000), seed=1)
     forward = [plan.record(slot) for slot in range(900, 2100)]
     again = pickle.loads(pickle.dumps(plan))

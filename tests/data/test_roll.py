@@ -80,7 +80,7 @@ def test_a_larger_fraction_keeps_what_a_smaller_one_held_out():
     assert set(few.held_out) < set(many.held_out)
 
 
-def test_a_roll_takes_one_byte_a_record_and_none_where_all_are_trained_on():
+def test_a_roll_takes_at_most_one_byte_a_record():
     roll = call(named(100_000), validation_fraction=0.5).roll
     assert len(pickle.dumps(roll)) < 1.2 * 100_000
     plain = call(named(100_000)).roll
@@ -97,7 +97,7 @@ def test_holding_out_every_record_is_refused():
 # Left out
 
 
-def test_pictures_that_cannot_be_read_are_all_listed_and_refused_by_default():
+def test_pictures_that_cannot_be_read_are_refused_by_default():
     with pytest.raises(UserError) as error:
         call(named(100), bad(3, 7, 99))
     told = str(error.value)
@@ -106,7 +106,7 @@ def test_pictures_that_cannot_be_read_are_all_listed_and_refused_by_default():
     assert "data.on_bad=skip" in told
 
 
-def test_records_without_captions_are_all_listed_with_the_bad_pictures_and_refused_by_default():
+def test_records_without_captions_are_refused_by_default():
     with pytest.raises(UserError) as error:
         call(named(100, {5: ("",), 6: ("full", " ")}), bad(3))
     told = str(error.value)
@@ -116,7 +116,7 @@ def test_records_without_captions_are_all_listed_with_the_bad_pictures_and_refus
     assert "data.on_missing_caption=empty or =skip" in told
 
 
-def test_what_is_skipped_is_left_out_of_the_plan_and_nothing_else_is():
+def test_only_what_is_skipped_is_left_out_of_the_plan():
     records = named(100, {5: ("",)})
     roll, left_out, without_caption = call(records, bad(3, 7), on_bad="skip", on_missing_caption="skip")
     assert [record for record, _ in left_out] == [3, 5, 7]
@@ -127,7 +127,7 @@ def test_what_is_skipped_is_left_out_of_the_plan_and_nothing_else_is():
     assert sorted(plan.record(slot) for slot in range(97)) == sorted(set(range(100)) - {3, 5, 7})
 
 
-def test_a_record_that_is_bad_in_two_ways_is_left_out_and_counted_once():
+def test_a_record_that_is_bad_in_two_ways_is_counted_once():
     records = named(100, {3: ("",), 5: ("",)})
     skipped = call(records, bad(3), on_bad="skip", on_missing_caption="skip")
     assert [record for record, _ in skipped.left_out] == [3, 5]
@@ -136,7 +136,7 @@ def test_a_record_that_is_bad_in_two_ways_is_left_out_and_counted_once():
     assert (len(emptied.left_out), emptied.without_caption) == (1, 1)
 
 
-def test_a_record_without_a_caption_is_kept_and_counted_where_the_policy_says_empty():
+def test_the_policy_empty_keeps_records_without_a_caption():
     call_of = call(named(10, {5: ("",), 6: ("",)}), on_missing_caption="empty")
     assert (call_of.roll.trained, call_of.left_out, call_of.without_caption) == (10, [], 2)
 
@@ -161,7 +161,7 @@ def test_leaving_out_every_record_is_refused():
 # Buckets
 
 
-def test_with_buckets_each_record_is_in_the_bucket_of_its_shape_or_out_of_scale_and_named():
+def test_each_record_is_in_the_bucket_of_its_shape_or_out_of_scale():
     sizes = np.array([[128, 128], [256, 128], [0, 0], [16, 16]], np.uint32)
     records, wanted = (
         named(4),

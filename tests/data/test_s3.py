@@ -20,6 +20,8 @@ from trainer.errors import UserError
 
 BUCKET = "pictures"
 
+pytestmark = pytest.mark.usefixtures("fresh_shard_cache")
+
 
 @pytest.fixture
 def bucket(client: Any, tmp_path: Path) -> Iterator[Path]:
@@ -30,12 +32,6 @@ def bucket(client: Any, tmp_path: Path) -> Iterator[Path]:
         client.put(str(path), f"{BUCKET}/{path.name}")
     yield folder
     client.rm(f"{BUCKET}/*")
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.01)
 
 
 def source(endpoint: str, **fields: Any) -> Source:
@@ -51,13 +47,13 @@ def source(endpoint: str, **fields: Any) -> Source:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The ranges that are asked of the server from now on, in this process."""
     ranges: list[tuple[int, int]] = []
-    real = Storage._range
+    real = Storage.read_range
 
     def counted(self: Storage, shard: Any, start: int, length: int) -> bytes:
         ranges.append((start, length))
         return real(self, shard, start, length)
 
-    monkeypatch.setattr(Storage, "_range", counted)
+    monkeypatch.setattr(Storage, "read_range", counted)
     return ranges
 
 
@@ -69,7 +65,7 @@ def test_shards_in_s3_hold_the_records_of_the_folder(endpoint, bucket):
     assert records.where(0) == f"s3://{BUCKET}/0000.tar: a.png"
 
 
-def test_a_second_start_reads_no_shard_and_a_picture_is_one_range(endpoint, bucket, monkeypatch):
+def test_a_second_start_reads_no_shard(endpoint, bucket, monkeypatch):
     first = source(endpoint).open()
     ranges = asked(monkeypatch)
     records = source(endpoint).open()
@@ -105,7 +101,7 @@ def test_loader_workers_read_from_s3_after_their_parent_did(endpoint, bucket, st
     assert len({pid for _, _, pid in got} - {os.getpid()}) == 2
 
 
-def test_a_shard_that_changed_since_the_index_is_told(endpoint, bucket, client, tmp_path):
+def test_reading_a_shard_that_changed_since_the_index_is_refused(endpoint, bucket, client, tmp_path):
     records = source(endpoint).open()
     path = tmp_path / "shards" / "0000.tar"
     data = bytearray(path.read_bytes())
@@ -119,7 +115,7 @@ def test_a_shard_that_changed_since_the_index_is_told(endpoint, bucket, client, 
         records.image(4)
 
 
-def test_a_changed_shard_is_indexed_anew_and_the_others_are_not(endpoint, bucket, client, tmp_path, monkeypatch):
+def test_only_a_changed_shard_is_indexed_anew(endpoint, bucket, client, tmp_path, monkeypatch):
     source(endpoint).open()
     ranges = asked(monkeypatch)
     shard = (tmp_path / "shards" / "0001.tar").read_bytes()
@@ -128,7 +124,7 @@ def test_a_changed_shard_is_indexed_anew_and_the_others_are_not(endpoint, bucket
     assert ranges == [(0, len(shard) + 512)]
 
 
-def test_a_missing_shard_and_a_missing_bucket_are_told(endpoint, bucket):
+def test_a_missing_shard_or_bucket_is_refused_by_its_url(endpoint, bucket):
     for url in (f"s3://{BUCKET}/gone.tar", "s3://no-such-bucket/a.tar"):
         with pytest.raises(UserError, match="does not exist") as error:
             source(endpoint, shards=url).open()
@@ -142,19 +138,19 @@ def test_no_credentials_is_one_line_that_says_where_they_come_from(endpoint, buc
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     # A file system that another test opened has its credentials already.
-    shards._forget_connections()
+    shards.forget_connections()
     with pytest.raises(UserError, match=r"may not be read\n.*\n.*AWS_ACCESS_KEY_ID .*anon: true"):
         source(endpoint).open()
-    shards._forget_connections()
+    shards.forget_connections()
 
 
-def test_a_server_that_does_not_answer_is_asked_again_and_then_told(endpoint, capfd, monkeypatch):
+def test_a_server_that_does_not_answer_is_asked_five_times(endpoint, capfd, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own, below ours
-    shards._forget_connections()
+    shards.forget_connections()
     with pytest.raises(UserError, match="cannot be read after 5 attempts") as error:
         source("http://127.0.0.1:9", storage_options={"endpoint_url": "http://127.0.0.1:9"}).open()
     assert error.value.where == f"s3://{BUCKET}/0000.tar"
-    assert "attempt 5 of 5 in 0.08 s" in capfd.readouterr().err
+    assert "attempt 5 of 5 in 0.008 s" in capfd.readouterr().err
 
 
 def cached(endpoint: str, tmp_path: Path, limit: int, **fields: Any) -> Any:
@@ -169,7 +165,7 @@ def size(tmp_path: Path) -> int:
     return sum(path.stat().st_size for path in (tmp_path / "kept").iterdir())
 
 
-def test_shards_that_fit_are_fetched_once_and_read_from_disk(endpoint, bucket, tmp_path, monkeypatch):
+def test_shards_that_fit_are_read_from_disk_after_one_fetch(endpoint, bucket, tmp_path, monkeypatch):
     plain = source(endpoint).open()
     ranges = asked(monkeypatch)
     records = cached(endpoint, tmp_path, 10**9)
@@ -182,13 +178,18 @@ def test_shards_that_fit_are_fetched_once_and_read_from_disk(endpoint, bucket, t
     assert len(asked_by_cache) == 2
 
 
-def test_the_use_of_a_kept_shard_is_noted_and_one_of_another_size_is_fetched_again(endpoint, bucket, tmp_path):
+def test_reading_from_a_kept_shard_notes_the_time(endpoint, bucket, tmp_path):
     records = cached(endpoint, tmp_path, 10**9)
     want = records.data(0)
     for name in kept(tmp_path):
         os.utime(tmp_path / "kept" / name, (1_600_000_000, 1_600_000_000))
     assert [records.data(0), records.data(4)] != [want, want]
     assert all((tmp_path / "kept" / name).stat().st_mtime > 1_700_000_000 for name in kept(tmp_path))
+
+
+def test_a_kept_shard_of_another_size_is_fetched_again(endpoint, bucket, tmp_path):
+    records = cached(endpoint, tmp_path, 10**9)
+    want = records.data(0)
     for name in kept(tmp_path):
         os.truncate(tmp_path / "kept" / name, 100)
     assert records.data(0) == want
@@ -250,7 +251,7 @@ def test_several_processes_share_the_kept_shards_and_the_limit(endpoint, bucket,
     assert not [name for name in kept(tmp_path) if name.endswith(".part")]
 
 
-def test_a_shard_that_changed_before_it_was_fetched_is_told_and_not_kept(endpoint, bucket, client, tmp_path):
+def test_a_shard_that_changed_before_it_was_fetched_is_not_kept(endpoint, bucket, client, tmp_path):
     plain = source(endpoint).open()
     assert isinstance(plain, WebDatasetRecords)
     data = bytearray((tmp_path / "shards" / "0000.tar").read_bytes())

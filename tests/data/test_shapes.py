@@ -91,7 +91,7 @@ def test_the_frame_of_every_picture_is_background(image_size):
         assert (frame == BACKGROUNDS[combination.background]).all(), combination
 
 
-def test_every_large_shape_covers_more_than_twice_any_small_one_of_its_kind():
+def test_a_large_shape_covers_over_twice_a_small_one_of_its_kind():
     for shape in SHAPES:
         smallest = Place(0.5, 0.5, SIZES["large"] * (1 - SIZE_JITTER))
         largest = Place(0.5, 0.5, SIZES["small"] * (1 + SIZE_JITTER))
@@ -100,7 +100,7 @@ def test_every_large_shape_covers_more_than_twice_any_small_one_of_its_kind():
         assert large > 2 * small, shape
 
 
-def test_the_six_shapes_are_told_apart_at_64_pixels():
+def test_each_of_the_six_shapes_matches_its_own_template_best():
     """By the overlap of the masks: each drawn shape matches the upright template of its own kind best."""
 
     def template(shape: str, size: str, at: Place) -> np.ndarray:
@@ -250,7 +250,7 @@ def test_edited_captions_and_pictures_of_another_size_are_not_overwritten(tmp_pa
     assert (tmp_path / "metadata.jsonl").read_text() == edited
 
 
-def test_the_script_runs_from_any_folder_and_refuses_in_one_line(tmp_path):
+def test_the_script_runs_from_any_folder(tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         script = str(ROOT / "scripts" / "make_dummy_imagefolder.py")
         return subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def test_a_picture_of_the_right_size_is_left_as_it_is():
     assert square(image, 64, 0.3, 0.9, False).tobytes() == image.tobytes()
 
 
-def test_a_crop_without_resizing_keeps_whole_pixels_and_reaches_both_ends():
+def test_a_crop_without_resizing_keeps_whole_pixels():
     image = noise(96, 64)
     pixels = np.asarray(image)
     for u, left in ((0.0, 0), (0.5, 16), (1 - 2**-53, 32), (0.37, 12)):
@@ -72,7 +72,7 @@ def test_shrinking_is_antialiased():
         assert np.abs(inner - 127).max() < 20, size
 
 
-def test_shrinking_a_large_picture_by_blocks_first_stays_close_to_the_exact_filter():
+def test_shrinking_by_blocks_first_stays_close_to_the_exact_filter():
     image = noise(1600, 1200)
     exact = image.resize((64, 64), Image.Resampling.LANCZOS, box=(200, 0, 1400, 1200))
     assert np.abs(np.asarray(square(image, 64, 0.5, 0.5, False)).astype(int) - np.asarray(exact)).max() <= 6
@@ -91,7 +91,7 @@ def test_flip_mirrors_left_to_right_after_the_crop():
     assert (plain[:, ::-1] == flipped).all()
 
 
-def test_a_tensor_is_channels_first_and_runs_from_minus_one_to_one():
+def test_a_tensor_is_channels_first_from_minus_one_to_one():
     image = Image.fromarray(np.array([[[0, 255, 51], [255, 0, 102]]], np.uint8))
     tensor = as_float(to_pixels(image))
     assert tensor.shape == (3, 1, 2)
@@ -103,7 +103,7 @@ def test_a_tensor_is_channels_first_and_runs_from_minus_one_to_one():
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 480), (480, 640), (1000, 100), (3, 500)])
 @pytest.mark.parametrize("asked", [(96, 64), (64, 96), (128, 32), (64, 64)])
-def test_a_sample_has_the_asked_shape_and_shows_the_most_of_the_picture_that_has_it(size, asked):
+def test_a_sample_shows_as_much_of_the_picture_as_its_shape_allows(size, asked):
     view = View(asked[0], asked[1], 0.25, 0.75, flip=False)
     assert fit(noise(*size), view).size == asked
     left, top, width, height = box(size, view)
@@ -112,7 +112,7 @@ def test_a_sample_has_the_asked_shape_and_shows_the_most_of_the_picture_that_has
     assert (left, top) == pytest.approx((0.25 * (size[0] - width), 0.75 * (size[1] - height)))
 
 
-def test_a_sample_of_the_pictures_own_shape_is_cropped_nowhere_and_of_its_own_size_left_as_it_is():
+def test_a_sample_of_the_pictures_own_shape_is_cropped_nowhere():
     image = noise(96, 64)
     assert box(image.size, View(48, 32, 0.9, 0.9, flip=False)) == (0, 0, 96, 64)
     assert fit(image, View(96, 64, 0.9, 0.9, flip=False)).tobytes() == image.tobytes()

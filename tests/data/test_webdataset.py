@@ -89,7 +89,7 @@ def test_captions_come_from_json_or_else_from_txt(tmp_path, case):
         assert fault in told
 
 
-def test_bad_captions_are_told_record_by_record_and_never_read_without_a_limit(tmp_path, monkeypatch):
+def test_bad_and_oversized_captions_are_reported_record_by_record(tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset, "MAX_CAPTION_BYTES", 100)
     members = {
         "a.png": png(),

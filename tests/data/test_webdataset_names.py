@@ -68,7 +68,7 @@ def test_a_star_in_a_url_is_refused():
 @pytest.mark.parametrize(
     "name", ["key", "secret", "aws_secret_access_key", "token", "session_token", "Password", "sas_token", "account_key"]
 )
-def test_secrets_are_refused_in_storage_options_with_the_place_where_they_belong(name):
+def test_secrets_in_storage_options_are_refused_with_where_they_belong(name):
     with pytest.raises(ValidationError, match="AWS_SECRET_ACCESS_KEY in the environment") as error:
         open_shards("s3://b/a.tar", storage_options={name: "hunter2"})
     assert "looks like a secret" in str(error.value)
@@ -84,7 +84,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
         open_shards(path, shard_cache_dir="/tmp/x")
 
 
-def test_a_missing_library_is_told_with_what_installs_it(monkeypatch):
+def test_a_missing_library_is_refused_with_what_installs_it(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gcsfs", None)

@@ -52,7 +52,7 @@ def test_sparse_files_and_global_names_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_directories_and_every_format_are_read_as_tarfile_reads_them(tmp_path, form):
+def test_members_of_any_tar_format_are_read_as_tarfile_reads_them(tmp_path, form):
     names = ["a.png", "d" * 90 + "/" + "e" * 60 + ".png", "größe/猫.png", "../../up.png", "/abs.png"]
     if form != tarfile.USTAR_FORMAT:
         names.append("x" * 300 + ".png")
@@ -71,14 +71,13 @@ def test_long_names_directories_and_every_format_are_read_as_tarfile_reads_them(
 
 def test_nothing_is_written_where_names_lead(tmp_path):
     (tmp_path / "in").mkdir()
-    path = write(tmp_path / "in" / "a.tar", {"../escaped.png": png(), "/tmp/abs-escaped.png": png()})
+    path = write(tmp_path / "in" / "a.tar", {"../escaped.png": png(), f"{tmp_path}/abs-escaped.png": png()})
     records = open_shards(path)
     assert records.image(0).size == (4, 4)
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != "cache") == ["in"]
-    assert not os.path.exists("/tmp/abs-escaped.png")
 
 
-def test_a_shard_that_is_cut_off_is_told_wherever_the_cut_is(tmp_path):
+def test_a_shard_that_is_cut_off_is_refused_wherever_the_cut_is(tmp_path):
     whole = write(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"x", "long" * 40 + ".png": png()}).read_bytes()
     end = len(whole.rstrip(b"\0"))
     end += -end % 512
@@ -91,7 +90,7 @@ def test_a_shard_that_is_cut_off_is_told_wherever_the_cut_is(tmp_path):
     assert len(open_shards(path)) == 2
 
 
-def test_a_shard_whose_disk_fails_is_told_with_its_byte_and_read_once(tmp_path, monkeypatch):
+def test_a_shard_whose_disk_fails_is_refused_with_the_byte(tmp_path, monkeypatch):
     path = old(write(tmp_path / "a.tar", {"a.png": png()}))
     opened: list[str] = []
 
@@ -108,7 +107,7 @@ def test_a_shard_whose_disk_fails_is_told_with_its_byte_and_read_once(tmp_path, 
     assert opened == [str(path)]
 
 
-def test_a_damaged_header_is_told_with_its_byte(tmp_path):
+def test_a_damaged_header_is_refused_with_its_byte(tmp_path):
     path = write(tmp_path / "a.tar", {"a.png": b"x" * 512, "b.png": png()})
     data = bytearray(path.read_bytes())
     data[1024 + 3] ^= 0xFF
@@ -141,7 +140,7 @@ EVIL = {
 
 
 @pytest.mark.parametrize("case", EVIL)
-def test_sizes_that_lie_are_refused_and_cost_no_memory(tmp_path, case):
+def test_sizes_that_lie_are_refused(tmp_path, case):
     data, reason = EVIL[case]
     path = tmp_path / "a.tar"
     path.write_bytes(data + bytes(2048 - len(data)) if case != "a size past the end" else data + bytes(1536))

@@ -16,7 +16,7 @@ def pixels():
 
     from trainer.data.transforms import View, as_float, fit, to_pixels
 
-    records = Shapes.model_validate({"image_size": 64, "num_images": 48}).open()
+    records = Shapes.model_validate({"image_size": 64, "num_images": 24}).open()
     view = View(64, 64, 0.5, 0.5, flip=False)
     return torch.stack([as_float(to_pixels(fit(records.image(i), view))) for i in range(len(records))])
 

@@ -26,9 +26,10 @@ def weights(components: Components) -> dict[str, torch.Tensor]:
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(tiny: Components):
-    torch.manual_seed(123)
-    torch.randn(5)
-    again = weights(Tiny().load(seed=7))
+    with torch.random.fork_rng():
+        torch.manual_seed(123)
+        torch.randn(5)
+        again = weights(Tiny().load(seed=7))
     assert again.keys() == weights(tiny).keys()
     assert all(torch.equal(value, again[key]) for key, value in weights(tiny).items())
 
@@ -67,9 +68,10 @@ def test_any_image_size_from_32_up_in_steps_of_8_goes_through(tiny: Components, 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_latents_have_about_unit_variance_and_follow_their_picture(seed: int):
+def test_latents_have_about_unit_variance(seed: int):
     vae = Tiny().load(seed).vae
-    pictures = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, size=(64, 64))
+    colours = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    pictures = torch.nn.functional.interpolate(colours, size=(64, 64))
     with torch.no_grad():
         posterior = vae.encode(pictures).latent_dist  # pyright: ignore
     mean, std = posterior.mean * vae.config["scaling_factor"], posterior.std * vae.config["scaling_factor"]
@@ -121,7 +123,7 @@ def test_the_tokenizer_is_the_same_on_every_machine():
         "\U0010ffff\ue000",
     ],
 )
-def test_any_caption_is_encoded_whole_and_decodes_to_its_lower_case(tiny: Components, caption: str):
+def test_any_caption_decodes_to_its_lower_case(tiny: Components, caption: str):
     tokenizer = tiny.tokenizer
     ids = tokenizer(caption, add_special_tokens=False).input_ids
     assert not set(tokenizer.all_special_ids) & set(ids)  # the unknown token is one of them
@@ -130,7 +132,7 @@ def test_any_caption_is_encoded_whole_and_decodes_to_its_lower_case(tiny: Compon
     assert "".join(str(tokenizer.decode(ids)).split()) == "".join(wanted.split())
 
 
-def test_special_tokens_are_those_the_text_encoder_was_told(tiny: Components):
+def test_special_tokens_are_those_of_the_text_encoders_config(tiny: Components):
     tokenizer, config = tiny.tokenizer, tiny.text_encoder.config
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|startoftext|>",

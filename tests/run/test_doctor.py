@@ -43,7 +43,7 @@ def fake_torch(cuda_build: str | None = "12.8", available=False, bf16=True):
 GPU = {"name": "H100", "memory_bytes": 80 * 2**30, "used_bytes": 2**30, "uuid": "u", "capability": "9.0"}
 
 
-def test_the_exit_code_is_0_without_a_problem_and_1_with_one_and_json_says_the_same(tmp_path, monkeypatch, capsys):
+def test_the_exit_code_is_1_if_there_is_a_problem(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "packages", lambda: [Finding("ok", "psutil", "7.0"), Finding("note", "x", "hm")])
     assert run("--output-dir", str(tmp_path / "runs")) == 0
     assert capsys.readouterr().out.endswith("no problem found\n")
@@ -99,7 +99,7 @@ def test_a_checkout_that_is_not_installed_is_read_from_its_pyproject(monkeypatch
     assert next(doctor.python_and_os()).level == "ok"
 
 
-def test_a_broken_torchvision_is_a_problem_and_an_absent_one_is_not(tmp_path, monkeypatch):
+def test_a_broken_torchvision_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "installed_packages", lambda: {"torchvision": None})
     assert [finding.level for finding in doctor.torchvision()] == ["ok"]
     monkeypatch.setattr(doctor, "installed_packages", lambda: {"torchvision": "0.9"})
@@ -147,11 +147,12 @@ def test_a_place_that_cannot_be_written_is_a_problem(tmp_path):
     assert levels(doctor.machine(str(tmp_path / "a" / "b")))["disk"] in ("ok", "note")
 
 
-def test_a_hub_that_does_not_answer_is_a_note_and_offline_it_is_not_asked(monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://me:hunter22@127.0.0.1:9")
-    monkeypatch.setattr(doctor, "_unreachable", lambda endpoint: pytest.fail("asked while offline"))
+def test_the_hub_is_not_asked_while_offline(monkeypatch):
+    monkeypatch.setattr(doctor, "why_unreachable", lambda endpoint: pytest.fail("asked while offline"))
     assert "HF_HUB_OFFLINE is on" in next(doctor.hub()).text
-    monkeypatch.undo()
+
+
+def test_a_hub_that_does_not_answer_is_a_note(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -169,6 +170,6 @@ def test_importing_doctor_does_not_import_torch():
 
 
 def test_a_torch_that_cannot_be_imported_is_a_problem_not_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_import_torch", lambda: "libcudart.so.12: cannot open shared object file")
+    monkeypatch.setattr(doctor, "import_torch", lambda: "libcudart.so.12: cannot open shared object file")
     assert run("--output-dir", str(tmp_path)) == 1
     assert "libcudart.so.12" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ def holding(folder: Path, how: str = "alone") -> Iterator[tuple[subprocess.Popen
             other.kill()
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Path):
+def test_a_second_process_is_refused_with_who_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the pauses between its attempts to take the lock
     with holding(tmp_path) as (other, _):
         for attempt in (RunLock(tmp_path).refuse_if_held, RunLock(tmp_path).take):
             with pytest.raises(UserError, match=f"another run is writing this folder: process {other.pid} on "):

@@ -73,7 +73,7 @@ def test_a_fact_left_out_is_our_own_bug():
         )
 
 
-def test_a_resume_keeps_the_history_and_shows_what_is_true_now(path):
+def test_a_resume_keeps_the_history(path):
     first = begun(path)
     first.add_checkpoint(2, "checkpoint-2.pt", "aa", 10)
     first.end("stopped", 75, "a signal")
@@ -86,7 +86,7 @@ def test_a_resume_keeps_the_history_and_shows_what_is_true_now(path):
     assert written["status"]["state"] == "running"
 
 
-def test_checkpoints_are_listed_by_step_once_and_pruned_ones_vanish(path):
+def test_checkpoints_are_listed_by_step_without_pruned_ones(path):
     manifest = begun(path)
     for step, sha256 in ((2, "aa"), (10, "bb"), (10, "dd"), (9, "cc")):
         manifest.add_checkpoint(step, f"checkpoint-{step}.pt", sha256, 5)
@@ -109,7 +109,7 @@ def test_every_end_of_a_run_has_a_state_that_the_manifest_knows(path):
         manifest.end("finished", 0, "")
 
 
-def test_validate_writes_a_manifest_without_a_start_and_never_over_that_of_a_run(path):
+def test_validate_never_writes_over_the_manifest_of_a_run(path):
     Manifest(path).validated(facts())
     Manifest(path).validated(facts())
     assert read_manifest(path)["status"] == {"state": "validated", "exit_code": 0, "reason": "the config is valid"}
@@ -121,7 +121,7 @@ def test_validate_writes_a_manifest_without_a_start_and_never_over_that_of_a_run
     assert path.read_bytes() == before
 
 
-def test_a_damaged_or_newer_or_foreign_manifest_is_refused_and_left_alone(path):
+def test_a_damaged_newer_or_foreign_manifest_is_refused_unchanged(path):
     begun(path)
     whole = path.read_bytes()
     newer = json.dumps(json.loads(whole) | {"schema_version": 2}).encode()
@@ -134,7 +134,7 @@ def test_a_damaged_or_newer_or_foreign_manifest_is_refused_and_left_alone(path):
         read_manifest(path.with_name("absent"))
 
 
-def test_a_failing_disk_is_tried_again_then_fatal_and_the_old_manifest_stays_whole(path, monkeypatch):
+def test_the_old_manifest_stays_whole_while_a_failing_disk_is_retried(path, monkeypatch):
     manifest = begun(path)
     before = path.read_bytes()
     real, calls = manifest_module.write_json, []
@@ -165,7 +165,7 @@ def test_an_unchanged_list_of_checkpoints_is_not_written_again(path):
     assert not path.exists()
 
 
-def test_changes_name_what_differs_between_two_environments_and_not_the_time():
+def test_changes_name_what_differs_between_two_environments():
     before = {"time": "1", "packages": {"torch": "2.12", "peft": None, "old": "1"}, "gpus": [], "driver": "5"}
     after = {"time": "2", "packages": {"torch": "2.13", "peft": None}, "gpus": ["a"], "driver": "5"}
     assert changes(before, after) == {

@@ -52,7 +52,7 @@ def test_line_n_is_step_n_as_it_was_given(tmp_path):
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_values_that_are_not_finite_are_null_and_every_line_is_strict_json(tmp_path):
+def test_values_that_are_not_finite_are_written_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = new_log(path)
     log.append([record(1, loss=math.nan, grad_norm=math.inf, bins=[-math.inf, 2.0], timing={"x": math.nan})])
@@ -73,7 +73,7 @@ def test_a_step_left_out_or_given_twice_is_our_own_bug(tmp_path):
         MetricsLog(tmp_path / "metrics.jsonl").append([record(3)])
 
 
-def test_a_rewind_drops_all_later_lines_and_a_torn_one_and_the_next_append_goes_on(tmp_path):
+def test_a_rewind_drops_all_later_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     new_log(path, last=5)
     with open(path, "ab") as file:
@@ -106,9 +106,7 @@ def test_a_rewind_drops_all_later_lines_and_a_torn_one_and_the_next_append_goes_
         ([1, b"\xff\xfe\n", 3], 3, 2),
     ],
 )
-def test_a_gap_before_the_checkpoint_is_refused_by_its_first_line_and_nothing_is_changed(
-    tmp_path, lines, step, first_missing
-):
+def test_a_gap_before_the_checkpoint_is_refused_by_its_first_line(tmp_path, lines, step, first_missing):
     path = tmp_path / "metrics.jsonl"
     parts = [line if isinstance(line, bytes | str) else json.dumps(record(line)) + "\n" for line in lines]
     path.write_bytes(b"".join(part if isinstance(part, bytes) else part.encode() for part in parts))
@@ -151,7 +149,7 @@ def test_a_kill_within_a_rewind_loses_no_line_up_to_the_checkpoint(tmp_path, mon
     assert steps(path) == list(range(1, 31))
 
 
-def test_twenty_kills_at_any_moment_and_as_many_resumes_leave_one_line_a_step(tmp_path):
+def test_twenty_kills_and_resumes_leave_one_line_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     reached = 0  # steps, as of the newest checkpoint
     for trial in range(20):
@@ -177,7 +175,7 @@ def test_twenty_kills_at_any_moment_and_as_many_resumes_leave_one_line_a_step(tm
     assert steps(path) == list(range(1, reached + 1))
 
 
-def test_a_full_disk_leaves_no_torn_line_and_the_lines_follow_once_there_is_room(tmp_path):
+def test_a_full_disk_leaves_no_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = new_log(path, last=3)
     whole = path.read_bytes()
@@ -211,7 +209,7 @@ def test_a_passing_fault_is_not_noticed(tmp_path, monkeypatch):
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_a_failed_fsync_is_followed_by_a_new_write_because_a_second_fsync_proves_nothing(tmp_path, monkeypatch):
+def test_a_failed_fsync_is_followed_by_a_new_write(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     log = new_log(path, last=2)
     log.append([record(3), record(4)])
@@ -231,7 +229,7 @@ def test_a_failed_fsync_is_followed_by_a_new_write_because_a_second_fsync_proves
     assert read(path) == [record(step) for step in (1, 2, 3, 4)]
 
 
-def test_a_log_that_somebody_removes_or_cuts_ends_the_run_instead_of_starting_anew(tmp_path):
+def test_a_log_that_somebody_removes_or_cuts_ends_the_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for spoil in (path.unlink, lambda: os.truncate(path, 10), lambda: path.rename(tmp_path / "elsewhere")):
         log = new_log(path, last=2)
@@ -254,24 +252,28 @@ def test_a_sync_reaches_the_disk(tmp_path, monkeypatch):
 LONG = 20_000  # lines, over a megabyte: the first part of such a file is counted, not read
 
 
-@pytest.mark.parametrize("kept", [0, 1, 9_999, LONG - 1, LONG])
-def test_a_long_file_is_rewound_to_the_same_bytes_as_a_short_one(tmp_path, kept):
-    path = tmp_path / "metrics.jsonl"
+@pytest.fixture(scope="module")
+def long_log(tmp_path_factory):
+    """The lines of a log of that many steps."""
+    path = tmp_path_factory.mktemp("long") / "metrics.jsonl"
     new_log(path, LONG).close()
-    whole = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(whole) + b'{"step": ')  # torn
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 9_999, LONG - 1, LONG])
+def test_a_long_file_is_rewound_to_the_same_bytes_as_a_short_one(tmp_path, long_log, kept):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(long_log) + b'{"step": ')  # torn
     assert MetricsLog(path).rewind(kept) == LONG - kept + 1
-    assert path.read_bytes() == b"".join(whole[:kept])
+    assert path.read_bytes() == b"".join(long_log[:kept])
 
 
 @pytest.mark.parametrize("harmed", [2, 10_000, LONG - 5])
-def test_a_line_that_is_missing_or_written_twice_is_named_wherever_it_stands_in_a_long_file(tmp_path, harmed):
+def test_a_missing_or_repeated_line_is_named_wherever_it_stands(tmp_path, long_log, harmed):
     path = tmp_path / "metrics.jsonl"
-    new_log(path, LONG).close()
-    whole = path.read_bytes().splitlines(keepends=True)
     for lines, first_wrong in (
-        ([*whole[: harmed - 1], *whole[harmed:]], harmed),
-        ([*whole[:harmed], whole[harmed - 1], *whole[harmed:]], harmed + 1),
+        ([*long_log[: harmed - 1], *long_log[harmed:]], harmed),
+        ([*long_log[:harmed], long_log[harmed - 1], *long_log[harmed:]], harmed + 1),
     ):
         path.write_bytes(b"".join(lines))
         before = path.read_bytes()

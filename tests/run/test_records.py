@@ -39,7 +39,7 @@ def test_any_key_is_read_back_as_it_was_written(tmp_path: Path):
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
 
-def test_a_list_of_the_same_fingerprint_is_left_and_another_is_replaced(tmp_path: Path):
+def test_only_a_list_of_another_fingerprint_is_replaced(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     write_records(run_dir, "f", lambda: LEAVES)
     write_records(run_dir, "f", lambda: pytest.fail("written again"))
@@ -56,7 +56,7 @@ def test_a_list_of_other_data_goes_away_when_there_are_too_many_to_list(tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_what_changed_is_told_only_against_the_list_of_that_fingerprint(tmp_path: Path):
+def test_what_changed_is_found_only_against_the_list_of_its_fingerprint(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     assert changes_since(run_dir, "f", LEAVES) is None
     write_records(run_dir, "f", lambda: LEAVES)
@@ -67,7 +67,7 @@ def test_what_changed_is_told_only_against_the_list_of_that_fingerprint(tmp_path
 
 
 @pytest.mark.parametrize("damage", [b"no json", b"{}", b"[1]", b'{"key": "a", "content": "b", "more": 1}', b"\xff"])
-def test_a_damaged_list_names_nothing_and_raises_nothing(tmp_path: Path, damage: bytes):
+def test_a_damaged_list_names_nothing(tmp_path: Path, damage: bytes):
     run_dir = RunDir(tmp_path)
     write_records(run_dir, "f", lambda: LEAVES)
     lines = run_dir.records.read_bytes().split(b"\n")

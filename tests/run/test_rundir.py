@@ -32,7 +32,7 @@ def test_the_files_have_their_public_names(tmp_path):
     assert not run.path.exists()
 
 
-def test_checkpoints_are_counted_by_sidecar_and_ordered_by_number_whatever_the_clock_says(tmp_path):
+def test_checkpoints_are_counted_by_sidecar_in_the_order_of_their_numbers(tmp_path):
     run = RunDir(tmp_path)
     for age, step in enumerate((10, 9, 100, 2)):
         run.sidecar(step).write_text("{}")
@@ -44,7 +44,7 @@ def test_checkpoints_are_counted_by_sidecar_and_ordered_by_number_whatever_the_c
     assert RunDir(tmp_path / "absent").checkpoint_steps() == []
 
 
-def test_a_folder_holds_a_run_with_a_metrics_line_or_a_sidecar_and_not_after_validate(tmp_path):
+def test_a_folder_holds_a_run_once_it_has_a_metrics_line_or_a_sidecar(tmp_path):
     run = RunDir(tmp_path)
     assert not RunDir(tmp_path / "absent").holds_run()
     for path in (run.resolved_config, run.environment, run.manifest, run.metrics, run.checkpoint(1)):
@@ -71,7 +71,7 @@ def test_spaces_unicode_long_and_missing_parents_are_fine(tmp_path, path):
     assert os.listdir(run.path) == []
 
 
-def test_a_path_through_a_file_a_dead_link_or_an_endless_name_is_refused_in_one_line(tmp_path):
+def test_a_path_that_cannot_become_a_folder_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

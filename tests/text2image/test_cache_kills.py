@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from forked import Job
 
 from trainer.cached.tensor_files import map_tensors
 
@@ -25,28 +22,18 @@ objective: {kind: flow}
 lr: {peak: 1e-3}
 cache: {dir: cache}
 """
-KILLS = 3
-ROOT = str(Path(__file__).parents[2])
 ENTRIES = re.compile(r"cache  ([\d,]+) entries = ([\d,]+) kept \+ ([\d,]+) to encode, in (\d+) shards")
 
 
-def build(folder: Path, cache: str, ranks: int = 1) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "trainer", "cache", "--config", "config.yaml"]
-    return subprocess.Popen(
-        [*command, "--set", f"cache.dir={cache}"],
-        cwd=folder,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def build(folder: Path, cache: str, ranks: int = 1) -> Job:
+    words = ("cache", "--config", "config.yaml", "--set", f"cache.dir={cache}")
+    return Job(*words, cwd=folder, ranks=ranks, PYTHONUNBUFFERED="1")
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+def finished(job: Job) -> str:
+    with job:
+        said, _ = job.communicate(timeout=300)
+        assert job.wait() == 0, said
     return said
 
 
@@ -59,26 +46,24 @@ def latents_kept(folder: Path) -> int:
     return sum(map_tensors(path).tensors["keys"].shape[0] for path in folder.glob("latents-*/shard-*"))
 
 
-def test_killed_builds_lose_no_shard_that_was_whole_and_end_in_the_cache_of_an_unbroken_one(tmp_path: Path):
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.nightly)])
+def test_killed_builds_end_in_the_cache_of_an_unbroken_one(tmp_path: Path, kills: int):
     (tmp_path / "config.yaml").write_text(CONFIG)
     finished(build(tmp_path, "whole"))
     whole = shards(tmp_path / "whole")
-    chance, broken, kills = random.Random(0), tmp_path / "broken", 0
-    for _ in range(KILLS):
+    chance, broken, killed = random.Random(0), tmp_path / "broken", 0
+    for trial in range(kills):
         expected = latents_kept(broken)
-        process = build(tmp_path, "broken", ranks=2)
-        assert process.stdout is not None
-        found = next(filter(None, map(ENTRIES.search, process.stdout)))
-        assert int(found[2].replace(",", "")) == expected, "what earlier builds had written is kept"
-        at_least = len(shards(broken)) + chance.randrange(1, 8)
-        while process.poll() is None and len(shards(broken)) < at_least:
-            time.sleep(0.01)
-        kills += process.poll() is None
-        everyone = [*psutil.Process(process.pid).children(recursive=True), process]  # ranks have groups of their own
-        for each in everyone:
-            each.kill()
-        process.communicate(timeout=60)
-    assert kills == KILLS, "a build had ended before it was killed: give it more to do"
+        with build(tmp_path, "broken", ranks=2) as job:
+            found = next(filter(None, map(ENTRIES.search, job.stdout)))
+            assert int(found[2].replace(",", "")) == expected, "what earlier builds had written is kept"
+            left = len(whole) - len(shards(broken))
+            at_least = len(shards(broken)) + chance.randrange(1, max(2, left // (kills - trial + 1)))
+            while job.poll() is None and len(shards(broken)) < at_least:
+                time.sleep(0.002)
+            killed += job.poll() is None
+            job.kill()
+    assert killed == kills, "a build had ended before it was killed: give it more to do"
     assert 0 < latents_kept(broken) < latents_kept(tmp_path / "whole")
     finished(build(tmp_path, "broken", ranks=2))
     assert shards(broken) == whole

@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_by_default_bad_pictures_are_all_listed_before_the_first_step_and_nothing_is_written(
+def test_by_default_bad_pictures_are_all_listed_before_the_first_step(
     config: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     spoil(pictures)
@@ -95,7 +95,7 @@ def test_by_default_bad_pictures_are_all_listed_before_the_first_step_and_nothin
     assert contents(pictures) == before, "no file of the user's is touched"
 
 
-def test_skipped_pictures_are_listed_in_bad_samples_and_the_rest_is_trained_on(
+def test_skipped_pictures_are_listed_in_bad_samples(
     config: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     spoilt = spoil(pictures)
@@ -129,7 +129,7 @@ def test_captions_without_words_are_all_listed_and_refused_by_default(config, pi
         assert f"metadata.jsonl:{index + 1}: '{index}.png': " in said
 
 
-def test_records_without_a_caption_are_left_out_or_trained_without_one_and_counted(config, pictures, tmp_path, capsys):
+def test_records_without_a_caption_are_counted(config, pictures, tmp_path, capsys):
     caption(pictures, CAPTIONS)
     assert train(config, tmp_path / "skip", "data.on_missing_caption=skip") == 0
     assert "95 to train on + 0 held out + 5 left out" in capsys.readouterr().out
@@ -164,7 +164,7 @@ def unreadable_later(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return keys
 
 
-def test_a_picture_that_becomes_unreadable_is_replaced_by_one_that_the_slot_decides_and_listed(
+def test_a_picture_that_becomes_unreadable_is_replaced_by_its_slot(
     config: Path, tmp_path: Path, unreadable_later: set[str]
 ):
     unreadable_later |= {f"{index}.png" for index in range(0, COUNT, 5)}
@@ -184,7 +184,7 @@ def test_a_picture_that_becomes_unreadable_is_replaced_by_one_that_the_slot_deci
     assert bad_samples(tmp_path / "broken") == listed, "no cut of the batch and no resume takes other substitutes"
 
 
-def test_a_picture_that_becomes_unreadable_ends_a_run_whose_policy_is_error(
+def test_a_picture_that_becomes_unreadable_ends_a_run_by_default(
     config: Path, tmp_path: Path, unreadable_later: set[str], capsys
 ):
     unreadable_later |= {f"{index}.png" for index in range(0, COUNT, 5)}

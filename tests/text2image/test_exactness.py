@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 import torch
-from runs import checkpoint, finish, manifest, metrics, same, start
+from runs import checkpoint, ended, finish, manifest, metrics, same, same_run, saved
 
 from trainer.hooks.checkpointing import tensors
 from trainer.models.tiny import Tiny
@@ -28,112 +27,12 @@ ema: {decay: 0.9}
 checkpoint: {every_steps: 5, keep_last: 2}
 """
 
-PLUGGED = '''
-import hashlib
-import itertools
-import os
-import signal
-
-import torch
-
-from trainer.hook import CollectiveHook
-from trainer.models.tiny import Tiny
-from trainer.objectives.epsilon import Epsilon
-
-RANK = os.environ.get("RANK", "0")
-CALLS = itertools.count(1)
-
-
-def sha256(*tensors):
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().contiguous().numpy())
-    return digest.hexdigest()
-
-
-class Watched(Epsilon):
-    """Writes each sample it is fed to $WATCH-RANK; its process kills itself at call $KILL_AT of `loss`."""
-
-    kind = "watched"
-
-    def corrupt(self, x0, eps, t):
-        if watch := os.environ.get("WATCH"):
-            with open(f"{watch}-{RANK}", "a") as file:
-                for sample in zip(t, eps, x0, strict=True):
-                    file.write(f"{sample[0].item().hex()} {sha256(sample[1])} {sha256(sample[2])}\\n")
-        return super().corrupt(x0, eps, t)
-
-    def loss(self, pred, target):
-        if str(next(CALLS)) == os.environ.get("KILL_AT"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().loss(pred, target)
-
-
-class NotANumber(Epsilon):
-    """On rank 1 alone, the loss of call 3, and of call 6 and all later ones, is not a number."""
-
-    kind = "not_a_number"
-
-    def loss(self, pred, target):
-        call = next(CALLS)
-        spoilt = RANK == "1" and (call == 3 or call >= 6)
-        return super().loss(pred, target) * (float("nan") if spoilt else 1.0)
-
-
-class RankWeights(CollectiveHook):
-    """Writes the sha256 of this rank's weights after each step to weights-RANK."""
-
-    kind = "rank_weights"
-
-    def due(self, step, last):
-        return True
-
-    def after_step(self, training, last):
-        with open(f"weights-{RANK}", "a") as file:
-            file.write(sha256(*training.state.weights().values()) + "\\n")
-
-
-class Put(Epsilon):
-    """Uses an operation that has no deterministic implementation, on any device."""
-
-    kind = "put"
-
-    def loss(self, pred, target):
-        nothing = torch.zeros(1, device=pred.device)
-        nothing.put_(torch.zeros(1, dtype=torch.int64, device=pred.device), nothing.clone())
-        return super().loss(pred, target) + nothing
-
-
-class AttentionOnly(Tiny):
-    """Trains the projections of the attention layers and nothing else, as an adapter would."""
-
-    kind = "attention_only"
-
-    def trainable(self, components):
-        modules = super().trainable(components)
-        for name, parameter in components.unet.named_parameters():
-            parameter.requires_grad_(".attn" in name and ".to_" in name)
-        return modules
-'''
-
-
-def written(folder: Path) -> Path:
-    """The folder, with a config and its plug-ins in it."""
-    (folder / "config.yaml").write_text(CONFIG)
-    (folder / "plugged.py").write_text(PLUGGED)
-    return folder
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return written(tmp_path)
-
-
-@pytest.fixture
-def in_process(folder: Path, plug_in: Callable[[str, str], None]) -> Path:
-    """The folder with plug-ins that this process can import, and forgets when the test is over."""
-    plug_in("plugged", PLUGGED)
-    return folder
+    """A folder with the config in it."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
 
 
 def train(folder: Path, name: str, *overrides: str) -> int:
@@ -143,7 +42,8 @@ def train(folder: Path, name: str, *overrides: str) -> int:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `run`: 20 steps of one process, 4 micro batches of one image each, and of `fed-0`."""
-    folder = written(tmp_path_factory.mktemp("unbroken"))
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "config.yaml").write_text(CONFIG)
     said = finish(folder, "run", WATCH="fed")
     assert "batch  4 images = 1 image x 1 rank x 4 accumulation" in said
     return folder
@@ -178,7 +78,7 @@ DRIFT = 1e-5
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_and_accumulation_share_a_batch_in_any_way_and_train_the_same_run(folder, unbroken, ranks):
+def test_ranks_and_accumulation_cut_a_batch_in_any_way(folder, unbroken, ranks):
     said = finish(folder, "run", WATCH="fed", ranks=ranks)
     assert f"batch  4 images = 1 image x {ranks} ranks x {4 // ranks} accumulation" in said
     assert len(fed(unbroken, "fed")) == 80
@@ -188,7 +88,7 @@ def test_ranks_and_accumulation_share_a_batch_in_any_way_and_train_the_same_run(
 
 
 @pytest.mark.slow
-def test_starts_on_2_1_and_2_ranks_in_mid_epoch_go_on_with_the_same_samples(folder, unbroken):
+def test_starts_on_2_1_and_2_ranks_in_mid_epoch_are_one_run(folder, unbroken):
     finish(folder, "run", "train.max_steps=7", "train.micro_batch_size=1", "data.num_workers=0", ranks=2)
     finish(folder, "run", "train.max_steps=14", "train.micro_batch_size=4", "data.num_workers=2")
     finish(folder, "run", "train.max_steps=20", "train.micro_batch_size=2", "data.num_workers=1", ranks=2)
@@ -204,23 +104,21 @@ def test_starts_on_2_1_and_2_ranks_in_mid_epoch_go_on_with_the_same_samples(fold
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_kill_in_mid_accumulation_costs_steps_and_no_bit(folder, unbroken, workers):
     loading = f"data.num_workers={workers}"
-    code, said = start(folder, "run", loading, KILL_AT="50")  # the second micro batch of step 13
+    code, said = ended(folder, "run", loading, KILL_AT="50")  # the second micro batch of step 13
     assert code == -signal.SIGKILL, said
     assert [line["step"] for line in metrics(folder / "run")] == list(range(1, 13))
     assert "at step 10" in finish(folder, "run", loading, WATCH="fed")
     assert fed(folder, "fed") == fed(unbroken, "fed")[40:]
-    assert metrics(folder / "run") == metrics(unbroken / "run")
-    for part in ("modules", "optimizer", "ema"):
-        assert same(checkpoint(folder / "run", 20)[part], checkpoint(unbroken / "run", 20)[part]), part
+    assert same_run(folder / "run", unbroken / "run", 20)
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all_and_ends_the_run_if_it_stays(folder):
+def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all(folder):
     options = ["objective.kind=not_a_number", "hooks=[{kind: rank_weights}]", "train.max_bad_steps=3"]
     options += ["train.micro_batch_size=2", "train.log_every=1", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
-    code, said = start(folder, "run", *options, ranks=2)
+    code, said = ended(folder, "run", *options, ranks=2)
     run = folder / "run"
-    assert code != 0
+    assert code == 76
     assert "not finite in 3 steps in a row" in said
     assert (manifest(run)["status"]["state"], manifest(run)["status"]["exit_code"]) == ("diverged", 76)
     lines = metrics(run)
@@ -233,32 +131,30 @@ def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all_and_ends_
     changed = [step for step in range(2, 9) if of_rank[0][step - 1] != of_rank[0][step - 2]]
     assert changed == [2, 4, 5]
 
-    assert sorted(int(path.stem.removeprefix("checkpoint-")) for path in run.glob("*.pt")) == list(range(1, 9))
-    saved = {step: checkpoint(run, step) for step in range(1, 9)}
-    for content in saved.values():
+    assert saved(run) == list(range(1, 9))
+    contents = {step: checkpoint(run, step) for step in range(1, 9)}
+    for content in contents.values():
         assert all(torch.isfinite(tensor).all() for tensor in tensors(content))
     for skipped in (3, 6, 7, 8):
-        before, after = saved[skipped - 1], saved[skipped]
+        before, after = contents[skipped - 1], contents[skipped]
         assert same([before["modules"], before["ema"]], [after["modules"], after["ema"]])
         assert same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
-def test_a_run_that_trains_part_of_a_network_resumes_to_the_bit_and_leaves_the_rest_alone(in_process):
+@pytest.mark.usefixtures("plugins")
+def test_a_run_that_trains_part_of_a_network_resumes_to_the_bit(folder):
     options = ["model.kind=attention_only", "objective.kind=epsilon", "checkpoint.every_steps=2"]
     options += ["train.micro_batch_size=2"]
-    assert train(in_process, "whole", *options, "train.max_steps=7") == 0
-    assert train(in_process, "broken", *options, "train.max_steps=3") == 0
-    assert train(in_process, "broken", *options, "train.max_steps=5", "data.num_workers=2") == 0
-    for newest in (in_process / "broken").glob("checkpoint-5.*"):
+    assert train(folder, "whole", *options, "train.max_steps=7") == 0
+    assert train(folder, "broken", *options, "train.max_steps=3") == 0
+    assert train(folder, "broken", *options, "train.max_steps=5", "data.num_workers=2") == 0
+    for newest in (folder / "broken").glob("checkpoint-5.*"):
         newest.unlink()  # as a kill during step 5 would have it, its line written: the next start goes back to step 4
-    assert train(in_process, "broken", *options, "train.max_steps=7") == 0
-    assert [start["from_step"] for start in manifest(in_process / "broken")["starts"]] == [0, 3, 4]
+    assert train(folder, "broken", *options, "train.max_steps=7") == 0
+    assert [start["from_step"] for start in manifest(folder / "broken")["starts"]] == [0, 3, 4]
 
-    whole, broken = (checkpoint(in_process / name, 7) for name in ("whole", "broken"))
-    for part in ("modules", "optimizer", "ema"):
-        assert same(whole[part], broken[part]), part
-    assert metrics(in_process / "whole") == metrics(in_process / "broken")
-
+    assert same_run(folder / "whole", folder / "broken", 7)
+    whole = checkpoint(folder / "whole", 7)
     first, last = Tiny().load(7).unet.state_dict(), whole["modules"]["unet"]
     changed = {name for name in last if not torch.equal(first[name], last[name])}
     assert changed == {name for name in last if ".attn" in name and ".to_" in name}
@@ -276,20 +172,21 @@ def sha256(content: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def test_two_deterministic_runs_end_with_one_hash_of_their_weights(in_process):
+@pytest.mark.usefixtures("plugins")
+def test_two_deterministic_runs_end_with_one_hash_of_their_weights(folder):
     options = ["train.deterministic=true", "objective.kind=epsilon", "train.max_steps=4", "checkpoint.every_steps=3"]
     for name in ("one", "other"):
-        assert train(in_process, name, *options) == 0
-    one, other = ([sha256(checkpoint(in_process / name, step)) for step in (3, 4)] for name in ("one", "other"))
+        assert train(folder, name, *options) == 0
+    one, other = ([sha256(checkpoint(folder / name, step)) for step in (3, 4)] for name in ("one", "other"))
     assert one == other
     assert one[0] != one[1], "a hash that tells one step"
 
 
-@pytest.mark.slow
-def test_a_deterministic_run_fails_at_an_operation_that_is_not_and_names_it(in_process):
+@pytest.mark.usefixtures("plugins")
+def test_a_deterministic_run_refuses_an_operation_that_is_not(folder):
     options = ["objective.kind=put", "train.max_steps=2"]
-    code, said = start(in_process, "refused", *options, "train.deterministic=true")
+    code, said = ended(folder, "refused", *options, "train.deterministic=true")
     assert code == 2
     assert "put_ has no deterministic implementation on this device\n  in train.deterministic\n" in said
     assert "Traceback" not in said
-    assert train(in_process, "allowed", *options, "train.deterministic=false") == 0
+    assert train(folder, "allowed", *options, "train.deterministic=false") == 0

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import ROOT
+from runs import command, metrics
 
 from trainer.cli import main
 from trainer.data.dummy import write_dummy_imagefolder
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
 model: {kind: tiny}
 data: {kind: imagefolder, data_root: pictures, image_size: 32, num_workers: 0, random_flip: true, caption_dropout: 0.2}
@@ -51,17 +49,13 @@ def run(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "copy" / "run"
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def everything(run: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
 
-def test_the_same_steps_come_out_equal_to_the_bit_and_the_run_is_left_as_it_is(run: Path, capsys):
+def test_the_same_steps_come_out_equal_to_the_bit(run: Path, capsys):
     before = everything(run)
-    assert "weights_sha256" in lines(run)[1]
+    assert "weights_sha256" in metrics(run)[1]
     capsys.readouterr()
     assert main(["reproduce", str(run), "--steps", "5"]) == 0, capsys.readouterr().out
     output = capsys.readouterr().out
@@ -70,10 +64,10 @@ def test_the_same_steps_come_out_equal_to_the_bit_and_the_run_is_left_as_it_is(r
     assert everything(run) == before
 
 
-def test_what_was_computed_again_is_kept_as_a_run_of_its_own_if_asked(run: Path, capsys):
+def test_what_was_computed_again_is_kept_if_asked(run: Path, capsys):
     again = run.parent / "again"
     assert main(["reproduce", str(run), "--steps", "4", "--output-dir", str(again)]) == 0
-    assert len(lines(again)) == 4
+    assert len(metrics(again)) == 4
     capsys.readouterr()
     assert main(["diff", str(run), str(again)]) == 0, capsys.readouterr().out
     assert "metrics: the same for 4 steps" in capsys.readouterr().out
@@ -92,7 +86,7 @@ def test_an_edited_caption_is_named_by_its_record(run: Path, capsys):
 
 
 def test_a_recorded_number_that_was_changed_is_found_at_its_step(run: Path, capsys):
-    changed = lines(run)
+    changed = metrics(run)
     changed[1]["loss"] *= 1 + 1e-6
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
     capsys.readouterr()
@@ -108,7 +102,7 @@ def test_a_replayed_step_has_the_recorded_loss_and_names_each_sample(run: Path, 
         table = output[output.index("record") :].splitlines()[1:-1]
         losses = [float(row.split()[0]) for row in table]
         assert losses == sorted(losses, reverse=True)
-        recorded = lines(run)[step - 1]["loss"]
+        recorded = metrics(run)[step - 1]["loss"]
         assert sum(losses) / 4 == pytest.approx(recorded, rel=1e-4), "the table shows five digits"
         assert f"step {step}: mean {recorded:.6g}" in output.replace(f"{recorded:.7g}", f"{recorded:.6g}")
         assert sorted(int(row.split()[2]) for row in table) == list(range(4 * step - 4, 4 * step))
@@ -125,7 +119,7 @@ def resume(*options: str) -> int:
     return main(["train", "--config", "config.yaml", "--output-dir", "run", "--resume", "auto", *options])
 
 
-def test_steps_after_an_allowed_change_are_replayed_as_they_were_and_reproduced_up_to_it(run: Path, capsys):
+def test_steps_after_an_allowed_change_are_replayed_as_they_were(run: Path, capsys):
     metadata = run.parent / "pictures" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("circle", "disc").replace("square", "block"))
     allow = ["--allow-change", "data", "weighting.kind", "weighting.gamma", "lr.peak", "--set", "train.max_steps=9"]
@@ -140,7 +134,7 @@ def test_steps_after_an_allowed_change_are_replayed_as_they_were_and_reproduced_
     assert "note   the run went on from step 6 with another config or other data" in output
     assert "data: 1 differ" in output
     assert main(["replay", str(run), "--step", "8"]) == 0
-    loss = lines(run)[7]["loss"]
+    loss = metrics(run)[7]["loss"]
     assert f"step 8: mean {loss:.6g}"[:-1] in capsys.readouterr().out
 
 
@@ -174,22 +168,11 @@ def test_a_config_edited_after_the_run_is_not_what_is_computed_again(run: Path):
     assert main(["reproduce", str(run), "--steps", "2"]) == 0
 
 
-def test_a_step_whose_loss_was_not_a_number_is_reproduced_and_replayed(tmp_path: Path, capsys, monkeypatch, plug_in):
-    plug_in(
-        "half_broken",
-        """\
-        from trainer.objectives.flow import Flow
-        class HalfBroken(Flow):
-            kind = 'half_broken'
-            def loss(self, pred, target):
-                losses = super().loss(pred, target)
-                losses[1] *= float('nan')
-                return losses
-        """,
-    )
+@pytest.mark.usefixtures("plugins")
+def test_a_step_whose_loss_was_not_a_number_is_replayed(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = CONFIG.replace("imagefolder, data_root: pictures", "shapes, num_images: 8")
-    (tmp_path / "config.yaml").write_text(f"plugins: [half_broken]\n{config}")
+    (tmp_path / "config.yaml").write_text(f"plugins: [failing]\n{config}")
     broken = ["objective.kind=half_broken", "train.max_bad_steps=3", "train.log_every=1"]
     assert main(["train", "--config", "config.yaml", "--output-dir", "run", "--set", *broken]) == 76
     capsys.readouterr()
@@ -203,26 +186,21 @@ def test_a_step_whose_loss_was_not_a_number_is_reproduced_and_replayed(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_demo_reproduces_and_an_edited_line_of_its_objective_is_seen_at_step_1_in_the_loss(tmp_path: Path):
+def test_an_edited_line_of_the_objective_is_seen_in_the_first_loss(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["data.num_images=64", "train.max_steps=4", "validation=null", "hooks=[]", "lr.warmup_steps=1"]
+    demo = ["--config", str(ROOT / "configs" / "demo.yaml"), "--output-dir", "run"]
+    assert main(["train", *demo, "--set", *short]) == 0
+    assert main(["reproduce", "run"]) == 0
+    assert "steps 1 to 4: equal to the bit" in capsys.readouterr().out
+
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "trainer", checkout / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def difftrain(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trainer", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    short = ["data.num_images=64", "train.max_steps=4", "validation=null", "hooks=[]", "lr.warmup_steps=1"]
-    config = ["--config", str(ROOT / "configs" / "demo.yaml"), "--output-dir", "run"]
-    trained = difftrain("train", *config, "--set", *short)
-    assert trained.returncode == 0, trained.stderr
-    again = difftrain("reproduce", "run")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "steps 1 to 4: equal to the bit" in again.stdout
     objective = checkout / "trainer" / "objectives" / "flow.py"
     text = objective.read_text()
     assert "return eps - x0" in text
     objective.write_text(text.replace("return eps - x0", "return eps - 0.99 * x0"))
-    other = difftrain("reproduce", "run")
-    assert other.returncode == 1, other.stdout + other.stderr
-    assert "step 1 is the first that differs: loss" in other.stdout
+    with command("python", "-m", "trainer", "reproduce", "run", cwd=tmp_path, PYTHONPATH=str(checkout)) as process:
+        said, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, said
+    assert "step 1 is the first that differs: loss" in said

@@ -6,49 +6,47 @@ import json
 
 import pytest
 import torch
-from runs import checkpoint, metrics, train
+from runs import checkpoint, manifest, metrics, train
 
 from trainer.cli import main
 from trainer.run.rundir import RunDir
 
 
-def test_accumulation_changes_nothing_but_float_rounding(config, tmp_path):
-    assert train(config, tmp_path / "whole") == 0
+def test_accumulation_changes_nothing_but_float_rounding(config, tmp_path, runs_to_copy):
     assert train(config, tmp_path / "cut", "--set", "train.micro_batch_size=1") == 0
-    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+    for one, other in zip(metrics(runs_to_copy[6]), metrics(tmp_path / "cut"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_metrics_hold_every_step_once_whatever_log_every_is(config, tmp_path):
-    assert train(config, tmp_path / "run", "--set", "train.log_every=100") == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    assert [line["images_seen"] for line in metrics(tmp_path / "run")] == [4, 8, 12, 16, 20, 24]
-    assert [line["lr"] for line in metrics(tmp_path / "run")][:4] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
+def test_metrics_hold_every_step_once_whatever_log_every_is(runs_to_copy):
+    lines = metrics(runs_to_copy[6])  # which logs every fourth of its six steps
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["images_seen"] for line in lines] == [4, 8, 12, 16, 20, 24]
+    assert [line["lr"] for line in lines][:4] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
 
 
-def test_only_the_newest_checkpoints_are_kept_and_the_manifest_lists_them(config, tmp_path):
-    assert train(config, tmp_path / "run") == 0
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == [
-        "checkpoint-4.pt",
-        "checkpoint-6.pt",
-    ]
-    manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
-    assert [entry["step"] for entry in manifest["checkpoints"]] == [4, 6]
-    assert manifest["topology"] == {"world_size": 1, "micro_batch_size": 4, "accumulation": 1, "num_machines": 1}
-    assert manifest["data"]["records"] == 10
+def test_only_the_newest_checkpoints_are_kept_and_listed(runs_to_copy):
+    run = runs_to_copy[6]
+    assert sorted(path.name for path in run.glob("checkpoint-*.pt")) == ["checkpoint-4.pt", "checkpoint-6.pt"]
+    assert [entry["step"] for entry in manifest(run)["checkpoints"]] == [4, 6]
 
 
-def test_init_from_starts_a_new_run_from_another_runs_averaged_weights(config, tmp_path):
-    assert train(config, tmp_path / "first") == 0
-    source = f"model.init_from={tmp_path / 'first'}@4"
+def test_the_manifest_has_the_topology_and_the_number_of_records(runs_to_copy):
+    facts = manifest(runs_to_copy[6])
+    assert facts["topology"] == {"world_size": 1, "micro_batch_size": 4, "accumulation": 1, "num_machines": 1}
+    assert facts["data"]["records"] == 10
+
+
+def test_init_from_starts_from_the_averaged_weights_of_another_run(config, tmp_path, runs_to_copy):
+    source = f"model.init_from={runs_to_copy[6]}@4"
     assert train(config, tmp_path / "second", "--set", source, "train.max_steps=1", "lr.peak=1e-12") == 0
-    averaged, started = checkpoint(tmp_path / "first", 4)["ema"], checkpoint(tmp_path / "second", 1)["modules"]["unet"]
+    averaged, started = checkpoint(runs_to_copy[6], 4)["ema"], checkpoint(tmp_path / "second", 1)["modules"]["unet"]
     assert all(torch.allclose(started[name.removeprefix("unet.")], average) for name, average in averaged.items())
     assert metrics(tmp_path / "second")[0]["images_seen"] == 4
 
 
-def test_held_out_loss_joins_the_metrics_and_does_not_depend_on_the_micro_batch(config, tmp_path):
+def test_the_held_out_loss_does_not_depend_on_the_micro_batch(config, tmp_path):
     options = ["--set", "data.validation_fraction=0.4", "validation.every_steps=3", "data.num_images=30"]
     assert train(config, tmp_path / "a", *options) == 0
     assert train(config, tmp_path / "b", *options, "train.micro_batch_size=2") == 0
@@ -57,7 +55,7 @@ def test_held_out_loss_joins_the_metrics_and_does_not_depend_on_the_micro_batch(
     assert a[5] == pytest.approx(b[5], rel=1e-5)
 
 
-def test_sample_grids_are_drawn_at_step_0_and_at_the_end_and_by_the_sample_command(config, tmp_path, capsys):
+def test_pictures_are_drawn_at_step_0_at_the_end_and_on_command(config, tmp_path):
     from PIL import Image
 
     run = tmp_path / "run"
@@ -80,7 +78,7 @@ def test_sample_grids_are_drawn_at_step_0_and_at_the_end_and_by_the_sample_comma
     assert Image.open(first).size == (32, 32)
 
 
-def test_a_dry_run_does_one_step_names_the_memory_by_part_and_leaves_nothing(config, tmp_path, capsys):
+def test_a_dry_run_names_the_memory_by_part_and_leaves_nothing(config, tmp_path, capsys):
     assert train(config, tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
     for part in ("trained weights", "gradients", "optimizer (adamw)", "EMA", "VAE", "peak of rank 0"):
@@ -106,11 +104,10 @@ def test_the_loss_curve_of_twenty_steps_is_the_golden_one(config, tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(golden, rel=1e-3)
 
 
-def test_a_run_lists_its_records_by_name(config, tmp_path):
-    assert train(config, tmp_path / "run", "--set", "train.max_steps=1") == 0
-    header, *records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
-    manifest = json.loads((tmp_path / "run" / "run_manifest.json").read_text())
-    assert header == {"fingerprint": manifest["data"]["fingerprint"]}
+def test_a_run_lists_its_records_by_name(runs_to_copy):
+    run = runs_to_copy[2]
+    header, *records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert header == {"fingerprint": manifest(run)["data"]["fingerprint"]}
     assert [record["key"] for record in records] == [f"shapes/0/{index}" for index in range(10)]
 
 

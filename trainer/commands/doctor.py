@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings: 0 if none is a problem, else 1."""
-    torch = _import_torch()
+    torch = import_torch()
     gpus, driver = nvidia_gpus()
     findings = [
         *python_and_os(),
@@ -250,7 +250,7 @@ def hub() -> Iterator[Finding]:
             yield Finding("ok", "hub", f"not asked: {name} is on, only local and cached models can be used")
             return
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    reason = _unreachable(endpoint)
+    reason = why_unreachable(endpoint)
     if reason is None:
         yield Finding("ok", "hub", f"{redact(endpoint)} answers")
     else:
@@ -270,7 +270,7 @@ def macos() -> Iterator[Finding]:
         yield Finding("note", "macos", text)
 
 
-def _unreachable(endpoint: str) -> str | None:
+def why_unreachable(endpoint: str) -> str | None:
     """Why `endpoint` does not answer within NETWORK_SECONDS, or None if it does, with whatever status.
 
     In a thread, because looking up a name has no time limit of its own.
@@ -293,7 +293,7 @@ def _unreachable(endpoint: str) -> str | None:
     return answer[0] or None
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
     """The module torch; None if it is not installed; why not, if it is installed and broken."""
     try:
         import torch

@@ -46,7 +46,7 @@ _file_systems: dict[str, Any] = {}
 _opening = threading.Lock()
 
 
-def _forget_connections() -> None:
+def forget_connections() -> None:
     """A client's threads do not live on in a forked process, which opens its own."""
     global _opening
     _opening = threading.Lock()
@@ -55,7 +55,7 @@ def _forget_connections() -> None:
         asyn.reset_lock()
 
 
-os.register_at_fork(after_in_child=_forget_connections)
+os.register_at_fork(after_in_child=forget_connections)
 
 
 class SourceError(UserError):
@@ -120,7 +120,7 @@ class Storage:
                     return data
                 if not shard.remote:
                     raise self.changed(shard)
-        return self._range(shard, start, length)
+        return self.read_range(shard, start, length)
 
     def stream(self, shard: Shard) -> BinaryIO:
         """A shard from its first byte to its last; it is kept, if there is room, on the way."""
@@ -166,7 +166,7 @@ class Storage:
         try:
             with open(part, "r+b") as file:
                 for start in range(0, shard.size, RANGE_BYTES):
-                    file.write(self._range(shard, start, min(RANGE_BYTES, shard.size - start)))
+                    file.write(self.read_range(shard, start, min(RANGE_BYTES, shard.size - start)))
             if self.look(shard.url) != shard:
                 raise self.changed(shard)
             os.replace(part, path)
@@ -175,7 +175,8 @@ class Storage:
                 os.unlink(part)
         return True
 
-    def _range(self, shard: Shard, start: int, length: int) -> bytes:
+    def read_range(self, shard: Shard, start: int, length: int) -> bytes:
+        """`length` bytes of a shard from the server itself; raises SourceError if it is shorter by now."""
         if not length:
             return b""
 
@@ -253,7 +254,7 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), self.shard.size - self.at)
-        buffer[:length] = self.storage._range(self.shard, self.at, length)
+        buffer[:length] = self.storage.read_range(self.shard, self.at, length)
         self.at += length
         return length
 
