@@ -32,17 +32,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rng", "schedule"),  # what maths and data both draw from
     ("ema", "hook", "lr", "muon", "objectives", "optimizers", "timesteps", "weighting"),  # maths, not data or networks
     ("cached", "data"),  # know no network
-    ("adherence", "denoiser", "encoder_cache", "grid", "latents", "models", "sampler"),  # knows no run
+    ("adherence", "denoiser", "encoder_cache", "grid", "kernels", "latents", "models", "sampler"),  # knows no run
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
     (  # one run
         *("checkpoint", "control", "failure", "loop", "peers", "preflight", "resume", "runtime", "state", "step"),
-        "training",
+        *("training", "watchdog"),
     ),
     ("hooks",),  # what happens around its steps
     (  # whole jobs
         *("cache_job", "comparison", "draw", "dry_run", "launch", "repetition", "replay", "reproduction"),
-        "verification",
+        *("settle", "verification"),
     ),
     ("__main__", "cli", "commands", "train"),  # the command line
 )

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.ema import Ema, EmaSpec
 from trainer.state import TrainState
@@ -61,13 +65,35 @@ def test_without_warm_up_the_decay_is_the_same_at_every_step():
 def test_decay_zero_keeps_the_newest_weights():
     ema = Ema(EmaSpec(decay=0.0), weights(0))
     ema.update(weights(1), 5, STEPPED)
-    assert all(torch.equal(ema.average[name], weight) for name, weight in weights(1).items())
+    for name, weight in weights(1).items():  # but for the rounding of a + (w - a)
+        torch.testing.assert_close(ema.average[name], weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.99])
+def test_at_usual_decays_the_average_is_that_of_lerp_to_the_bit(decay: float):
+    ema, plain = Ema(EmaSpec(decay=decay, warmup=False), weights(0)), weights(0)
+    for step in range(5):
+        now = weights(step + 1)
+        ema.update(now, step, STEPPED)
+        plain = {name: average.lerp(now[name], 1 - decay) for name, average in plain.items()}
+    assert all(torch.equal(ema.average[name], average) for name, average in plain.items())
+
+
+def test_the_average_of_weights_in_channels_last_order_follows_them():
+    strided = {"conv": torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)}
+    ema = Ema(EmaSpec(decay=0.5, warmup=False), strided)
+    ema.load({"conv": torch.zeros(8, 4, 3, 3)})  # as a checkpoint of contiguous weights has them
+    ema.update(strided, 0, STEPPED)
+    assert ema.average["conv"].stride() == strided["conv"].stride()
+    assert torch.equal(ema.average["conv"], strided["conv"] / 2)
 
 
 def test_a_skipped_step_changes_no_bit_of_the_average():
     ema = Ema(EmaSpec(decay=0.9), weights(0))
-    ema.update(weights(1), 0, SKIPPED)
-    assert all(torch.equal(ema.average[name], weight) for name, weight in weights(0).items())
+    broken = {name: torch.full_like(weight, float("nan")) for name, weight in weights(1).items()}
+    for now in (weights(1), broken):
+        ema.update(now, 0, SKIPPED)
+        assert all(torch.equal(ema.average[name], weight) for name, weight in weights(0).items())
 
 
 @pytest.mark.cuda
@@ -97,9 +123,40 @@ def test_averaged_weights_are_in_the_modules_only_inside_the_context():
     assert state.ema is not None
     own = {name: weight.detach().clone() for name, weight in state.weights().items()}
     assert list(own) == ["unet.0.weight", "unet.0.bias"]  # the frozen layer is no trainable weight
+    averages = {name: average.clone() for name, average in state.ema.average.items()}
     with state.averaged():
-        assert all(torch.equal(weight, state.ema.average[name]) for name, weight in state.weights().items())
+        assert all(torch.equal(weight, averages[name]) for name, weight in state.weights().items())
+        with pytest.raises(AssertionError, match="changed places"):
+            state.state_dict()
     assert all(torch.equal(weight, own[name]) for name, weight in state.weights().items())
+    assert all(torch.equal(average, averages[name]) for name, average in state.ema.average.items())
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that operations within it made and that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.clone:
+            self.bytes += result.nbytes
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(result, self.release, result.nbytes)
+        return result
+
+    def release(self, size: int) -> None:
+        self.bytes -= size
+
+
+def test_averaged_weights_take_the_memory_of_one_more_tensor():
+    state = small_state(ema=True)
+    largest = max(weight.nbytes for weight in state.weights().values())
+    with Held() as held, state.averaged():
+        pass
+    assert held.peak == largest < sum(weight.nbytes for weight in state.weights().values())
 
 
 def test_averaged_weights_are_taken_out_again_after_an_error():

@@ -10,6 +10,7 @@ from trainer.encoder_cache.disk import Disk
 from trainer.errors import UserError
 from trainer.preflight import Preflight, surveyed
 from trainer.runtime import Runtime
+from trainer.settle import settled
 from trainer.training import Encoders, encoded
 
 
@@ -19,7 +20,8 @@ def fill(checked: Preflight) -> None:
     train = config.train
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     try:
-        checked = surveyed(checked, runtime)
+        checked = settled(surveyed(checked, runtime), runtime, None)
+        config = checked.config
         for line in checked.data_lines() if runtime.is_main else ():
             runtime.say(line)
         roll = runtime.from_main(lambda: checked.seen.call.roll)

@@ -59,6 +59,24 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, about 30 % slower."
     )
+    compile: Literal["none", "blocks", "full"] = Field(
+        default="none",
+        description="Compile the networks that train: `blocks` those parts of them that repeat, which takes minutes at "
+        "a start; `full` the UNet in one piece, which takes longer. Other rounding, the same samples.",
+    )
+    norm_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Of the UNet's norms. Autocast computes them and what follows in fp32; bf16 halves their memory "
+        "traffic. Other rounding, the same samples; needs precision bf16.",
+    )
+    channels_last: bool = Field(
+        default=False,
+        description="Keep the UNet's weights and activations with channels innermost. It pays on GPUs, once compiled.",
+    )
+    cudnn_benchmark: bool = Field(
+        default=False,
+        description="Let cuDNN time its convolutions and take the fastest: other rounding from start to start.",
+    )
 
 
 class ValidationSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,11 @@ class Denoiser(nn.Module):
         if text.is_floating_point():
             return self.family.predict(self.unet, x_t, time, text)
         assert self.text_encoder is not None, "a batch of tokens is for a denoiser with a text encoder"
-        with torch.set_grad_enabled(self.family.train_text_encoder and torch.is_grad_enabled()):
+        trained = self.family.train_text_encoder
+        # A frozen one in fp32, as a cache keeps its outputs: with a cache and without, a step sees the same condition.
+        with (
+            torch.set_grad_enabled(trained and torch.is_grad_enabled()),
+            contextlib.nullcontext() if trained else torch.autocast(x_t.device.type, enabled=False),
+        ):
             cond = self.family.encode_text(self.text_encoder, text)
         return self.family.predict(self.unet, x_t, time, cond)

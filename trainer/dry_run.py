@@ -11,6 +11,7 @@ from trainer.launch import describe
 from trainer.preflight import Preflight, surveyed
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
+from trainer.settle import settled
 from trainer.step import train_step
 from trainer.training import Training, assemble
 
@@ -22,13 +23,14 @@ def dry_run(checked: Preflight) -> None:
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     say = runtime.say
     try:
-        checked = surveyed(checked, runtime)
+        checked = settled(surveyed(checked, runtime), runtime, None)
         for line in checked.equations() if runtime.is_main else ():
             say(line)
         training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None, first_step_only=True)
         for line in describe(training)[:-1]:
             say(line)
         say("dry run: one step")
+        runtime.forget_peak_memory()  # of loading
         started = time.monotonic()
         result = train_step(training, training.batches(0, 1))
         loss, norm = result.sums[0].item(), result.grad_norm.item()
@@ -36,7 +38,7 @@ def dry_run(checked: Preflight) -> None:
         parts = memory_by_part(training)
         for name, size in parts.items():
             say(f"  {name:34} {size / 2**30:8.3f} GiB")
-        peak = runtime.peak_memory_bytes()
+        peak = runtime.memory()["peak_memory_bytes"]
         rest = "activations and the rest" if runtime.device.type == "cuda" else "activations, libraries, the rest"
         say(f"  {rest:34} {(peak - sum(parts.values())) / 2**30:8.3f} GiB")
         say(f"  {'peak of rank 0, measured':34} {peak / 2**30:8.3f} GiB")

@@ -27,24 +27,44 @@ class EmaSpec(Section):
 
 
 class Ema:
-    """Averages of `weights` (name -> tensor), same shapes, fp32, on the same device."""
+    """Averages of `weights` (name -> tensor): same shapes, dtypes and strides, on the same device."""
 
     def __init__(self, spec: EmaSpec, weights: Mapping[str, Tensor]):
         self.spec = spec
         self.average = {name: weight.detach().clone() for name, weight in weights.items()}
+        # The kernel of `update` walks memory, not indices: averages of other strides would be wrong without an error.
+        for name, weight in weights.items():
+            average = self.average[name]
+            alike = average.stride() == weight.stride() and average.dtype == weight.dtype
+            assert alike, (
+                f"{name}: an average of {average.dtype} {average.stride()} for {weight.dtype} {weight.stride()}"
+            )
 
     def update(self, weights: Mapping[str, Tensor], step: int, skipped: Tensor) -> None:
-        """Move towards `weights` after `step`, unless `skipped` (a 0-dim float, 1 or 0, on the device) is 1.
+        """Move towards `weights` after `step`, unless `skipped` (a 0-dim float32, 1 or 0, on the device) is 1.
 
-        No synchronisation with an accelerator: there the flag enters as a factor.
+        One fused kernel that reads the flag where it is: nobody waits for it, and a skipped step changes no bit, even
+        if a weight is not a number. It is a step of SGD with weight decay -1, whose gradients are the weights w:
+        a - (-rate) * (w - a) = a + rate * (w - a).
         """
         import torch
 
-        averages, current = list(self.average.values()), list(weights.values())
-        rate = 1 - self.spec.decay_at(step)
         with torch.no_grad():  # the weights require gradients: every average would grow a graph, step after step
-            if skipped.device.type != "cpu":
-                rates = [rate * (1 - skipped)] * len(averages)
-                torch._foreach_lerp_(averages, current, rates)  # pyright: ignore[reportPrivateImportUsage]
-            elif not skipped:
-                torch._foreach_lerp_(averages, current, rate)  # pyright: ignore[reportPrivateImportUsage]
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+                list(self.average.values()),
+                list(weights.values()),
+                [],
+                weight_decay=-1.0,
+                momentum=0.0,
+                lr=-(1 - self.spec.decay_at(step)),
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                found_inf=skipped,
+            )
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Become `values`, in the memory and the layout that the averages have."""
+        for name, average in self.average.items():
+            average.copy_(values[name])

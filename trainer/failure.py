@@ -66,6 +66,12 @@ def _known(error: BaseException, config: Config, topology: Topology) -> UserErro
         return UserError(
             f"out of memory with {topology.micro_batch} images at a time{size}", where, _lower(config, topology)
         )
+    if "InvalidCxxCompiler" in text or "Failed to find C compiler" in text:  # Inductor's words, and Triton's
+        return UserError(
+            "torch.compile finds no compiler for C and C++ on this machine",
+            "train.compile",
+            "install g++ (or set CXX and CC), or set train.compile=none",
+        )
     if isinstance(error, RuntimeError) and (missing := re.match(r"(.+?) does not have a deterministic impl", text)):
         return UserError(
             f"{missing[1]} has no deterministic implementation on this device",

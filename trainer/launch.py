@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +24,7 @@ from trainer.failure import as_status, caused_by, crashed, explained
 from trainer.files import open_atomic, write_atomic, write_json
 from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
+from trainer.peers import PeerFailed
 from trainer.preflight import Preflight, surveyed
 from trainer.resume import choose_start, refuse_changes, refuse_other_inputs
 from trainer.run.lock import RunLock
@@ -30,6 +34,7 @@ from trainer.run.metrics import first_lines
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
+from trainer.settle import as_settled, settled
 from trainer.training import Training, assemble
 
 MOST_COUNTED = 20_000  # records whose captions are counted at a start: a second's work
@@ -48,6 +53,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
             lambda: (run_dir.checkpoint_steps(), _start(checked, run_dir, lock, resume, allowed, runtime.say))
         )
         step = start.sidecar["step"] if start else 0
+        checked = settled(checked, runtime, start)
         _train(checked, runtime, run_dir, lock, seen, start, control)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     except Stopped:
@@ -98,8 +104,19 @@ def _train(
     runtime.from_main(lambda: prepare_folder(run_dir, lock, seen, start, say))
     hooks = standard_hooks(checked, training, start)
     gc.enable()  # `train` switched it off for the start-up
-    loop.run(training, hooks, control, say)
+    with runtime.watching(lambda: training.state.step, partial(_leave_at_once, runtime, run_dir, lock)):
+        loop.run(training, hooks, control, say)
     _last_word(training, first, time.monotonic() - started, say)
+
+
+def _leave_at_once(runtime: Runtime, run_dir: RunDir, lock: RunLock, end: PeerFailed) -> None:
+    """End this process, whose main thread is stuck, for a rank that fell silent; one rank says so."""
+    if runtime.is_main and lock.may_write():
+        with contextlib.suppress(RunEnd, OSError):
+            record_end(run_dir.manifest, *as_status(end))
+    if end.of_one_rank:
+        print(f"{end.state}: {end}", file=sys.stderr, flush=True)
+    os._exit(end.exit_code)
 
 
 def _start(
@@ -111,7 +128,8 @@ def _start(
     if start is None:
         return None
     step = start.sidecar["step"]
-    refuse_changes(start.load()["config"], checked.config, allowed, say)
+    saved = start.load()["config"]
+    refuse_changes(saved, as_settled(checked.config, saved), allowed, say)
     inputs = {"data_fingerprint": checked.data_fingerprint, "model_files": checked.provenance.files}
     trained_in = RunDir(start.path.parent)
     refuse_other_inputs(
@@ -178,8 +196,6 @@ def describe(training: Training) -> list[str]:
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
     trained_as = components.scheduler.get("prediction_type")
-    layers = [layer for network in training.state.modules.values() for layer in network.modules()]
-    drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
     mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
         f"model  {source.source}{revision}: {', '.join(sizes)}",
@@ -188,7 +204,7 @@ def describe(training: Training) -> list[str]:
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
         f"{', deterministic' if config.train.deterministic else ''}",
         *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
-        *(["note   this model has dropout, and what it drops depends on the micro batch"] if drops else []),
+        *(["note   this model has dropout, and what it drops depends on the micro batch"] if training.drops else []),
         f"output {training.run_dir.path}",
     ]
 

@@ -16,6 +16,8 @@ from trainer.hook import CollectiveHook, Hook, MainHook, RunView
 from trainer.step import StepResult, train_step
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.control import Asks
     from trainer.data.loader import Batch
     from trainer.training import Training
@@ -28,6 +30,7 @@ def run(training: Training, hooks: Sequence[Hook], control: Asks, say: Say) -> N
     crew = Crew(training, hooks, say)
     try:
         crew.start()
+        training.runtime.forget_peak_memory()  # of building the cache, and of loading the networks
         with contextlib.closing(training.batches(training.state.step, training.config.train.max_steps)) as batches:
             _steps(training, crew, control, batches)
     except BaseException as error:  # noqa: BLE001
@@ -47,16 +50,22 @@ def _ended(training: Training, crew: Crew, error: BaseException) -> BaseExceptio
 
 def _steps(training: Training, crew: Crew, control: Asks, batches: Iterator[Batch]) -> None:
     train, state = training.config.train, training.state
-    pending = PendingMetrics(training)
+    pending, postponed = PendingMetrics(training), False
     while state.step < train.max_steps:
         started = time.perf_counter()
         result = train_step(training, batches)
-        pending.add(result, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if postponed:
+            crew.metrics(pending.drain())
+        pending.add(result, seconds)
         asked = training.runtime.max(control.asked())
         stopping = asked == Asked.STOP
         last = stopping or state.step == train.max_steps
         collective = crew.collective_due(last, asked == Asked.SAVE)
-        if last or collective or state.step % train.log_every == 0:
+        due = last or collective or state.step % train.log_every == 0
+        # Where steps are queued, lines that nothing waits for are written once the next step is: the device has work.
+        postponed = due and training.runtime.queues_steps and not (last or collective)
+        if due and not postponed:
             lines = pending.drain()  # first: what follows would wait for these steps and be blamed for their time
             lines[-1] |= crew.measure(collective)
             crew.metrics(lines)
@@ -69,11 +78,12 @@ def _steps(training: Training, crew: Crew, control: Asks, batches: Iterator[Batc
 
 
 class PendingMetrics:
-    """Steps whose numbers are still on the device; one wait brings them all to the host."""
+    """Steps whose numbers are on their way to the host; one wait, for the newest of them, has them all."""
 
     def __init__(self, training: Training):
         self.training = training
         self.results: list[StepResult] = []
+        self.numbers: list[Callable[[], Tensor]] = []
         self.seconds = 0.0
         self.bad_steps = 0  # in a row, up to the last drain
         self.diverged_at: int | None = None  # the first step at which they were too many
@@ -82,15 +92,17 @@ class PendingMetrics:
     def add(self, result: StepResult, seconds: float) -> None:
         """Remember a step that took `seconds` of the host's time."""
         self.results.append(result)
+        row = torch.stack([*result.sums, result.grad_norm, result.skipped])
+        self.numbers.append(self.training.runtime.on_its_way(row))
         self.seconds += seconds
 
     def drain(self) -> list[dict[str, Any]]:
         """One metrics line per step since the last drain, at least one."""
         started = time.perf_counter()
-        numbers = torch.stack([torch.stack([*r.sums, r.grad_norm, r.skipped]) for r in self.results]).tolist()
+        numbers = [arrived().tolist() for arrived in self.numbers]
         batch = self.training.topology.global_batch
         per_step = (self.seconds + time.perf_counter() - started) / len(self.results)
-        memory = self.training.runtime.peak_memory_bytes()
+        memory = self.training.runtime.memory()
         own = [result.substitutes for result in self.results]
         # One of the sums tells all ranks whether any of them has a substitute to hand in.
         *digests, any_substitute = self.training.runtime.sum_modulo(
@@ -117,7 +129,7 @@ class PendingMetrics:
                         "step_seconds": per_step,
                         "data_wait_seconds": result.data_wait_seconds,
                         "images_per_second": batch / per_step,
-                        "peak_memory_bytes": memory,
+                        **memory,
                     },
                 }
             )
@@ -126,7 +138,7 @@ class PendingMetrics:
                 if substitutes:
                     line.setdefault("substitutes", []).extend(substitute._asdict() for substitute in substitutes)
                 self.unreadable.update(substitute.key for substitute in substitutes)
-        self.results, self.seconds = [], 0.0
+        self.results, self.numbers, self.seconds = [], [], 0.0
         return lines
 
     def refuse_too_many_unreadable(self) -> None:

@@ -20,7 +20,15 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Two groups: `matrices` (two or more dimensions) by orthogonalised momentum, `others` by AdamW."""
+    """Two groups: `matrices` (two or more dimensions) by orthogonalised momentum, `others` by AdamW.
+
+    With `found_inf` set, a 0-dim float32 tensor on the weights' device, a step changes no bit where it is 1, and waits
+    for no device to find out. On CUDA matrices are orthogonalised in bf16, as Jordan does.
+    """
+
+    _step_supports_amp_scaling = True  # as torch's fused optimizers say that they read the flag
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -34,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     ):
         groups = [
             {"params": list(matrices), "momentum": momentum},
-            {"params": list(others), "betas": betas, "eps": eps},
+            {"params": list(others), "betas": betas, "eps": eps, "fused": True},  # its step counts live on the device
         ]
         # An empty group, as of a model without vectors, is left out: torch refuses it.
         super().__init__([group for group in groups if group["params"]], {"lr": 0.0, "weight_decay": weight_decay})
@@ -43,6 +51,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every weight that has a gradient."""
         assert closure is None, "the loss is computed once, before the step"
+        assert self.grad_scale is None, "gradients are unscaled before the step"
         for group in self.param_groups:
             (self._step_matrices if "momentum" in group else self._step_others)(group)
 
@@ -53,7 +62,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)  # those of one shape are one batch
         for weight in weights:
-            self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+            momentum = self.state[weight]["momentum"]
+            self._put(momentum, momentum.lerp(weight.grad, 1 - group["momentum"]))
             alike[weight.flatten(1).shape].append(weight)
         for shape, batch in alike.items():
             momenta = torch.stack([self.state[weight]["momentum"].flatten(1) for weight in batch])
@@ -62,7 +72,11 @@ class Muon(torch.optim.Optimizer):
             # Liu et al. 2025, eq. 4: the update's root mean square is then about that of AdamW, 0.2 times lr.
             updates *= -0.2 * math.sqrt(max(shape)) * group["lr"]
             for weight, update in zip(batch, updates, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(weight))
+                self._put(weight, weight.mul(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(weight)))
+
+    def _put(self, tensor: Tensor, new: Tensor) -> None:
+        """Give `tensor` new values, unless this step is skipped; not by a product, for NaN times 0 is NaN."""
+        tensor.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), tensor, new))
 
     def _step_others(self, group: dict[str, Any]) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -89,17 +103,38 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=self.found_inf,
         )
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """`matrices` [N, rows, columns] with every singular value moved to about 1: Jordan's Newton-Schulz iteration.
+    """`matrices` [N, rows, columns] with every singular value moved to about 1: Jordan's Newton-Schulz iteration."""
+    return in_bf16(matrices) if matrices.is_cuda else in_fp32(matrices)
+
+
+def in_bf16(matrices: Tensor) -> Tensor:
+    """The iteration in its usual form, X <- a X + (b A + c A A) X with A = X X^T, every product in bf16.
+
+    Not by way of X X^T alone, which squares the singular values: bf16 would lose the smaller ones.
+    """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return in_bf16(matrices.mT).mT
+    a, b, c = QUINTIC
+    x = (matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+def in_fp32(matrices: Tensor) -> Tensor:
+    """The same in fewer products of the matrices' own precision, which on a CPU are what it costs.
 
     Each iteration multiplies X by a polynomial P of X X^T, so all of them together are one product Q X. Q is worked out
     on X X^T alone, which is the smaller the longer X is: a convolution's costs a third of the usual form.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonalised(matrices.mT).mT
+        return in_fp32(matrices.mT).mT
     a, b, c = QUINTIC
     gram = matrices @ matrices.mT
     square_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-14

@@ -11,14 +11,16 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from trainer.errors import RunEnd
 from trainer.failure import as_status
+from trainer.watchdog import Watchdog
 
 BEAT_SECONDS = 2.0  # between two signs of life of a rank 0 that works while the others wait
 # Of plain RuntimeErrors: gloo's begin with the place in its source, save the one of a second collective that was under
@@ -42,8 +44,12 @@ class LostContactError(RuntimeError):
 class Peers:
     """The ranks of this run, as far as they have something to say."""
 
-    def __init__(self, rank: int, world_size: int):
-        self.store, self.rank, self.world_size = PrefixStore("difftrain", _get_default_store()), rank, world_size
+    def __init__(self, rank: int, world_size: int, timeout_seconds: float):
+        store: Any = _get_default_store()
+        self.store, self.rank, self.world_size = PrefixStore("difftrain", store), rank, world_size
+        # By a connection of its own: a request that waits would hold up the others of its connection.
+        alive = PrefixStore("difftrain/alive", store.clone())
+        self._watchdog = Watchdog(alive, rank, world_size, timeout_seconds)
         self._told = False
         self._jobs = 0  # of rank 0 alone, counted alike on all ranks
 
@@ -81,6 +87,24 @@ class Peers:
             elif time.monotonic() - heard > timeout_seconds:
                 raise LostContactError(f"timed out waiting {timeout_seconds:g} s for rank 0")
 
+    @contextlib.contextmanager
+    def watching(self, step: Callable[[], int], lost: Callable[[PeerFailed], None]) -> Iterator[None]:
+        """Within it, `lost` is called, from a thread, when a rank falls silent and the main thread does not notice.
+
+        It has to end the process. `step` gives the number of steps done.
+        """
+
+        def named(silent: list[int]) -> None:
+            if not self._told:
+                self._told = True
+                lost(self._missing(silent, "silent since", step()))
+
+        self._watchdog.watch(named)
+        try:
+            yield
+        finally:
+            self._watchdog.end()
+
     def _next_job(self) -> str:
         self._jobs += 1
         return f"job/{self._jobs}"
@@ -116,8 +140,11 @@ class Peers:
             time.sleep(0.05)
         if not missing:
             return PeerFailed(f"the ranks lost each other after step {step}, and all are still there: the network?")
+        timed_out = re.search("timed out|timeout", str(error), re.IGNORECASE)
+        return self._missing(missing, "silent since" if timed_out else "gone after", step)
+
+    def _missing(self, missing: list[int], seen: str, step: int) -> PeerFailed:
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        seen = "silent since" if re.search("timed out|timeout", str(error), re.IGNORECASE) else "gone after"
         found = PeerFailed(f"{names} {seen} step {step}")
         found.of_one_rank = self.rank == min(set(range(self.world_size)) - set(missing))  # rank 0 may be among them
         return found

@@ -168,6 +168,7 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int, for_steps: bool 
         topology = deal(config.train.global_batch_size, config.train.micro_batch_size if for_steps else None, *shape)
     except ValueError as error:
         raise UserError(f"config: {error}", loaded.where("train.global_batch_size")) from None
+    _check_kernels(loaded)
     config.model.check()
     if config.cache is not None:
         config.cache.check(config.data, config.model.train_text_encoder)
@@ -175,6 +176,23 @@ def preflight(loaded: LoadedConfig, rank: int, world_size: int, for_steps: bool 
         hook.check(config)
     checked = Preflight(loaded, config.data.open(), topology, config.model.provenance(), None)
     return replace(checked, survey=_survey(checked)) if world_size == 1 else checked
+
+
+def _check_kernels(loaded: LoadedConfig) -> None:
+    """Raise UserError for a choice of kernels that another one makes meaningless."""
+    train = loaded.config.train
+    if train.norm_precision == "bf16" and train.precision != "bf16":
+        raise UserError(
+            f"norms in bf16 between layers in {train.precision} would only lose precision",
+            loaded.where("train.norm_precision"),
+            "leave it out, or set train.precision: bf16",
+        )
+    if train.cudnn_benchmark and train.deterministic:
+        raise UserError(
+            "kernels chosen by a stopwatch differ from start to start, which train.deterministic rules out",
+            loaded.where("train.cudnn_benchmark"),
+            "turn one of them off",
+        )
 
 
 def surveyed(checked: Preflight, runtime: Runtime) -> Preflight:

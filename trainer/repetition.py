@@ -15,7 +15,7 @@ from trainer.control import Asked
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.files import sha256_file
 from trainer.preflight import Preflight, preflight
-from trainer.resume import among, differences, free_keys
+from trainer.resume import KERNELS, among, differences, free_keys
 from trainer.run.manifest import flat, read_manifest
 from trainer.run.metrics import read as read_metrics
 from trainer.run.rundir import RunDir
@@ -62,6 +62,11 @@ class Recorded:
         free = free_keys(reloaded(self.config(one), self.run_dir.manifest).config)
         same_data = one.get("data_fingerprint") == other.get("data_fingerprint")
         return same_data and all(among(key, free) for key in changed)
+
+    def kernels(self, start: dict[str, Any]) -> dict[str, Any]:
+        """What a start chose of the kernels: a run from before there was a choice had the defaults."""
+        values = flat(reloaded(self.config(start), self.run_dir.manifest).config.model_dump(mode="json"))
+        return {key: values[key] for key in KERNELS}
 
     def checked(self, start: dict[str, Any], output_dir: str | None = None) -> Preflight:
         """The run as it was then, checked again, for this process among those of its launch."""

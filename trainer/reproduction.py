@@ -92,7 +92,7 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
     relative = 0.0 if _same_rounding(record, steps, checked) else OTHER_ROUNDING
     witness = Witness(expected=record.lines, relative=relative)
     if relative:
-        why = "other ranks, threads or micro batches than the run's"
+        why = "other ranks, threads, micro batches or kernels than the run's"
         say(f"note   {why}: numbers may differ by {relative:g}, relatively")
     with runtime_of(first, checked, say) as runtime:
         checked = surveyed(checked, runtime)
@@ -113,13 +113,17 @@ def reproduce(run_dir: RunDir, steps: int, output_dir: RunDir | None, say: Say) 
 
 
 def _same_rounding(record: Recorded, steps: int, checked: Preflight) -> bool:
-    """Whether sums are made in one order in all of the steps, and here: of the same ranks, micro batch and threads."""
+    """Whether sums are made in one order in all of the steps, and here.
+
+    That is so with the same ranks, micro batch, threads and kernels; those here are the first start's.
+    """
 
     def order(start: dict[str, Any]) -> tuple[Any, ...]:
-        return start["topology"]["world_size"], start["topology"]["micro_batch_size"], start.get("torch_threads")
+        ranks, micro_batch = start["topology"]["world_size"], start["topology"]["micro_batch_size"]
+        return ranks, micro_batch, start.get("torch_threads"), record.kernels(start)
 
     first, *others = (start for start in record.starts if start["from_step"] < steps)
-    here = checked.topology.world_size, checked.topology.micro_batch, first.get("torch_threads")
+    here = checked.topology.world_size, checked.topology.micro_batch, first.get("torch_threads"), record.kernels(first)
     return all(order(start) == here for start in (first, *others))
 
 

@@ -15,12 +15,16 @@ from trainer.data.fingerprint import named
 from trainer.errors import UserError
 from trainer.run.rundir import RunDir
 
-# What may change between two starts of one run: none of it changes what a step computes.
+# Which kernels compute a step: they round in other ways.
+KERNELS = ("train.compile", "train.norm_precision", "train.channels_last", "train.cudnn_benchmark")
+
+# What may change between two starts of one run: none of it changes what a step computes, but for rounding.
 FREE = (
     "train.output_dir",
     "train.micro_batch_size",
     "train.log_every",
     "train.collective_timeout_seconds",
+    *KERNELS,
     "data.num_workers",
     "cache.dir",
     "checkpoint",
@@ -107,7 +111,9 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: Sequence[str]
     refused = []
     for key, (old, new) in changes.items():
         line = f"{key}: {old!r} -> {new!r}"
-        if among(key, free):
+        if among(key, KERNELS):
+            say(f"changed since the checkpoint: {line} (same samples, other rounding)")
+        elif among(key, free):
             say(f"changed since the checkpoint: {line}")
         else:
             refused.append(line)

@@ -25,6 +25,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._weights = trainable_weights(self.modules)
+        self._swapped = False  # the modules hold the averages, and the averages the weights
 
     def weights(self) -> Mapping[str, nn.Parameter]:
         """The trainable tensors by dotted name, in a fixed order."""
@@ -32,6 +33,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, floats and tensors, so that torch.load(weights_only=True) reads it back."""
+        assert not self._swapped, "weights and averages have changed places"
         return {
             "step": self.step,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -48,30 +50,38 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(ours)  # the config decides; the checkpoint's own settings were compared with it
-        for entry in self.optimizer.state.values():
-            for name, value in entry.items():
-                if torch.is_tensor(value) and value.device.type == "cpu":
-                    entry[name] = value.clone()  # else it would live in the mapped checkpoint file
+        for weight, entry in self.optimizer.state.items():
+            entry |= {name: _beside(weight, value) for name, value in entry.items() if torch.is_tensor(value)}
         if self.ema is not None:
             # Without a saved average (an allowed change of the config) it starts at the loaded weights.
-            _copy(self.ema.average, saved["ema"] or {name: weight.detach() for name, weight in self._weights.items()})
+            self.ema.load(saved["ema"] or {name: weight.detach() for name, weight in self._weights.items()})
         if self.scaler is not None and saved["scaler"] is not None:
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the modules hold the EMA weights, if there are any; outside they are as before, to the bit."""
+        """Within it the modules hold the EMA weights, if there are any; outside they are as before, to the bit.
+
+        Weights and averages change places, tensor by tensor, so that it takes the memory of the largest one alone.
+        """
         if self.ema is None:
             yield
             return
-        weights = self.weights()
-        own = {name: weight.detach().clone() for name, weight in weights.items()}
-        _copy(weights, self.ema.average)
+        self._swap(self.ema)
         try:
             yield
         finally:
-            _copy(weights, own)
+            self._swap(self.ema)
+
+    @torch.no_grad()
+    def _swap(self, ema: Ema) -> None:
+        for name, weight in self._weights.items():
+            own = weight.clone()
+            weight.copy_(ema.average[name])
+            ema.average[name].copy_(own)
+            del own  # else the next one would come beside it
+        self._swapped = not self._swapped
 
 
 def trainable_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -84,7 +94,12 @@ def trainable_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-@torch.no_grad()
-def _copy(to: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, tensor in to.items():
-        tensor.copy_(values[name])
+def _beside(weight: Tensor, value: Tensor) -> Tensor:
+    """An optimizer's `value` for a weight, in memory of its own where the weight is.
+
+    Of the weight's strides if it has its shape: fused kernels walk memory, not indices, so a checkpoint of contiguous
+    tensors would be read wrong beside weights in channels-last order.
+    """
+    if value.shape == weight.shape:
+        return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(weight.device, copy=True)  # a copy also on the CPU: it would live in the mapped checkpoint file

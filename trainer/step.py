@@ -39,7 +39,8 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
     optimizer, weights = state.optimizer, state.weights()
 
     # 1. Gradients of the weighted mean loss over the global batch, accumulated over micro batches and ranks.
-    optimizer.zero_grad(set_to_none=True)
+    # Freed and made anew, unless they are the memory of DDP's buckets: the first micro batches would get other memory.
+    optimizer.zero_grad(set_to_none=not (runtime.gradients_are_buckets and topology.accumulation > 1))
     sums = torch.zeros(2, device=runtime.device)
     digest, waited = 0, 0.0
     substitutes: list[Substitute] = []
@@ -66,6 +67,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
     skipped = (~torch.isfinite(grad_norm)).float()
 
     # 3. Update weights and their average, unless the gradient was not finite.
+    runtime.finish_copies()
     lr = config.lr.rate(state.step, config.train.max_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -82,7 +84,8 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
 def sample_losses(training: Training, batch: Batch) -> Tensor:
     """The weighted loss of each sample, [B] float32, of a micro batch that is on the device."""
     objective, weighting = training.config.objective, training.config.weighting
-    training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
+    if training.drops:
+        training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
     x0 = training.latent_source.latents(batch)
     x_t, target = objective.corrupt(x0, batch.eps, batch.t)
     pred = training.model(x_t, objective.model_time(batch.t), batch.text)

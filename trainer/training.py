@@ -23,6 +23,7 @@ from trainer.ema import Ema
 from trainer.encoder_cache.base import EncodingCache, Job
 from trainer.encoder_cache.memory import in_memory
 from trainer.errors import UserError
+from trainer.kernels import arrange, compile_networks, eagerly
 from trainer.latents import CachedLatents, LatentSource, OnlineVae
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
@@ -52,6 +53,7 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
+    drops: bool  # some layer that trains has dropout
     unreadable: int = 0  # pictures that are left out because they cannot be read
     first_step: int = 0  # optimizer steps done before this start
     captions_cut: int = 0  # since this start
@@ -72,8 +74,12 @@ class Training:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the networks hold the averaged weights, in eval mode and the run's precision."""
+        self.runtime.finish_copies()  # of the weights as they are
+        if not self.runtime.gradients_are_buckets:
+            self.state.optimizer.zero_grad(set_to_none=True)  # their memory is worth a few more pictures
         self.model.eval()
-        with self.state.averaged(), self.runtime.autocast():
+        compiled = self.config.train.compile != "none"
+        with self.state.averaged(), self.runtime.autocast(), eagerly() if compiled else contextlib.nullcontext():
             yield
         self.model.train()
         self.encoders.rest()
@@ -126,6 +132,7 @@ def assemble(
         components.unet.enable_gradient_checkpointing()
         if family.train_text_encoder:
             components.text_encoder.gradient_checkpointing_enable()
+    arrange(components.unet, config.train)
     encoders = Encoders(components, device, family.vae_precision)
     roll = runtime.from_main(lambda: checked.seen.call.roll)
     plan, kept = roll.plan(config.data, config.train.global_batch_size, config.train.seed), None
@@ -139,6 +146,13 @@ def assemble(
     gc.freeze()
     denoiser = Denoiser(family, components.unet, text_encoder).train()
     model = runtime.prepare(denoiser)
+    shapes = max(1, len(roll.buckets))
+    compiled = compile_networks(modules, config.train, family.blocks, shapes, runtime.world_size)
+    if compiled:
+        runtime.say(
+            f"compile {compiled} part{'s' * (compiled > 1)} of {', '.join(modules)} x {shapes} shape"
+            f"{'s' * (shapes > 1)} of a batch, each at its first step: minutes"
+        )
     state = TrainState(modules, config.optimizer.build(trainable_weights(modules)), None, runtime.scaler)
     if config.ema is not None:
         state.ema = Ema(config.ema, state.weights())
@@ -160,6 +174,11 @@ def assemble(
         state=state,
         samples=trained,
         held_out=held_out,
+        drops=any(
+            isinstance(layer, nn.Dropout) and layer.p > 0
+            for network in state.modules.values()
+            for layer in network.modules()
+        ),
         unreadable=roll.unreadable,
         first_step=state.step,
     )

@@ -12,7 +12,7 @@ from trainer.hooks import checkpointing
 from trainer.objectives.flow import Flow
 
 FATE, UNLUCKY_RANK = os.environ["FATE"].split()
-SIGNALS = {"stops": signal.SIGSTOP, "is_killed": signal.SIGKILL}
+SIGNALS = {"stops": signal.SIGSTOP, "is_killed": signal.SIGKILL, "leaves_others_stuck": signal.SIGKILL}
 SLOW_SECONDS = 8  # longer than the least time-out of the ranks
 CALLS = itertools.count(1)
 
@@ -23,7 +23,10 @@ class Unlucky(Flow):
     kind = "unlucky"
 
     def loss(self, pred, target):
-        if next(CALLS) == 6 and os.environ["RANK"] == UNLUCKY_RANK:
+        call, unlucky = next(CALLS), os.environ["RANK"] == UNLUCKY_RANK
+        if call == 6 and FATE == "leaves_others_stuck" and not unlucky:
+            time.sleep(1000)  # as in a driver's call for a kernel that waits for the other rank
+        if call == 6 and unlucky:
             with open("when", "w") as file:
                 file.write(str(time.time()))
             if FATE == "raises":

@@ -127,6 +127,13 @@ def test_cached_inputs_are_those_of_encoding_on_the_fly(assembled: Callable[...,
     assert len(seen) == 21, "every record was compared"
 
 
+def test_a_text_condition_is_the_same_from_the_cache_as_online_in_bf16(config: Path, tmp_path: Path):
+    for name, text in (("kept", "true"), ("online", "false")):
+        options = ["--set", "train.precision=bf16", f"cache.text={text}"]
+        assert train(config, tmp_path / name, *options) == 0
+    assert losses(tmp_path / "kept") == losses(tmp_path / "online")
+
+
 def test_a_cached_record_still_has_another_latent_in_every_slot(assembled: Callable[..., Training]):
     training = assembled("train.global_batch_size=42")
     batch = next(training.batches(0, 1))

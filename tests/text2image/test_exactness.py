@@ -141,6 +141,15 @@ def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all(folder):
         assert same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
+def test_ranks_accumulate_in_the_memory_of_ddps_buckets(folder):
+    options = ["objective.kind=placed", "hooks=[{kind: gradient_places}]", "train.max_steps=4"]
+    finish(folder, "run", *options, ranks=2)
+    for rank in (0, 1):
+        places = (folder / f"places-{rank}").read_text().splitlines()  # of two micro batches a step
+        assert len(places) == 8
+        assert len(set(places[4:])) == 1, "DDP lays its buckets anew after the first step"
+
+
 @pytest.mark.usefixtures("plugins")
 def test_a_run_that_trains_part_of_a_network_resumes_to_the_bit(folder):
     options = ["model.kind=attention_only", "objective.kind=epsilon", "checkpoint.every_steps=2"]

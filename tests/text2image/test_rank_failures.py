@@ -10,7 +10,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
-from runs import end_all_of, ended, manifest, metrics, saved, torchrun, whole
+from runs import end_all_of, ended, launch, manifest, metrics, saved, torchrun, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 nightly = pytest.mark.nightly
@@ -108,6 +108,17 @@ def test_of_three_ranks_the_one_that_was_killed_is_named(folder: Path):
     assert launcher.returncode == 1, said
     assert "failed: rank 2 gone after step 5\n" in said
     assert manifest(folder / "run")["status"]["reason"] == "rank 2 gone after step 5"
+
+
+def test_a_rank_that_is_stuck_ends_once_another_is_silent(folder: Path):
+    more = ["train.collective_timeout_seconds=5"]
+    with launch(folder, "run", *more, ranks=2, FATE="leaves_others_stuck 1") as job:
+        said, _ = job.communicate(timeout=120)
+        assert time.time() - float((folder / "when").read_text()) < 5 + 5 + 10, "its grace, and a busy machine"
+    assert job.returncode == 1
+    assert "failed: rank 1 silent since step 5\n" in said
+    assert manifest(folder / "run")["status"]["reason"] == "rank 1 silent since step 5"
+    assert_checkpoints_are_whole(folder / "run")
 
 
 def test_ranks_wait_for_a_rank_0_that_saves_for_long(folder: Path):

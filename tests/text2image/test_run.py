@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from runs import checkpoint, manifest, metrics, train
+from runs import checkpoint, manifest, metrics, steps, train
 
 from trainer.cli import main
 from trainer.run.rundir import RunDir
@@ -131,3 +131,49 @@ def test_modes_do_not_depend_on_whether_a_grid_was_drawn(config, tmp_path):
             assert [module.training for module in training.model.modules()] == modes
         finally:
             runtime.close()
+
+
+def test_a_model_without_dropout_is_not_seeded_step_by_step(config, tmp_path, monkeypatch):
+    from trainer.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "seed_dropout", lambda self, seed: pytest.fail("nothing drops"))
+    assert train(config, tmp_path / "run", "--set", "train.max_steps=1") == 0
+
+
+def test_gradients_are_freed_while_pictures_are_drawn(config, tmp_path):
+    from trainer.config_file import load_config
+    from trainer.preflight import preflight
+    from trainer.runtime import Runtime
+    from trainer.step import train_step
+    from trainer.training import assemble
+
+    runtime = Runtime("fp32", deterministic=False)
+    try:
+        training = assemble(preflight(load_config(config), 0, 1), runtime, RunDir(tmp_path), None)
+        train_step(training, training.batches(0, 1))
+        assert all(weight.grad is not None for weight in training.state.weights().values())
+        with training.evaluating():
+            assert all(weight.grad is None for weight in training.state.weights().values())
+    finally:
+        runtime.close()
+
+
+def test_lines_are_written_while_the_device_works_on_the_next_step(config, tmp_path, begun, monkeypatch):
+    """Where steps are queued. Their content, and what a save finds written, is the same."""
+    from trainer import loop
+    from trainer.runtime import Runtime
+    from trainer.step import train_step
+
+    written: list[int] = []
+
+    def counted(training, batches):
+        result = train_step(training, batches)
+        written.append(steps(tmp_path / "run"))
+        return result
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(Runtime, "queues_steps", True)
+    often = ["--set", "train.log_every=1", "checkpoint.every_steps=3"]
+    assert train(config, tmp_path / "run", *often) == 0
+    assert written == [0, 0, 1, 3, 3, 4], "lines when each step is queued: one behind, but for the save after step 3"
+    assert metrics(tmp_path / "run") == metrics(begun(6, "plain"))

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from trainer.commands.train import share_cores
+from trainer.commands.train import set_torch_up
 
 EXAMPLE = "difftrain replay runs/mine --step 1234"
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError if the step is not on record.
     """
-    share_cores()
+    set_torch_up()
     from trainer.replay import replay
     from trainer.run.rundir import RunDir
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.train import share_cores
+from trainer.commands.train import set_torch_up
 from trainer.data.fingerprint import counted
 from trainer.errors import UserError
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """0 if the inputs and all steps are as recorded, else 1. Raises UserError if there is nothing to repeat."""
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: it is at least 1")
-    share_cores()
+    set_torch_up()
     from trainer.comparison import told
     from trainer.reproduction import reproduce
     from trainer.run.rundir import RunDir

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and args.resume != "none":
         raise UserError("--dry-run does the first step of a new run", fix="leave --resume out")
     checked, run_dir = check(args, new_run=args.resume == "none", writes=not args.dry_run)
-    share_cores()
+    set_torch_up()
     gc.disable()  # imports make 650,000 objects that stay; looking for garbage among them is a third of the start-up
     try:
         if args.dry_run:
@@ -118,11 +118,15 @@ def refuse_a_lonely_launch() -> None:
         )
 
 
-def share_cores() -> None:
-    """Let torch's CPU threads sleep soon when they wait for each other; call it before torch is imported.
+def set_torch_up() -> None:
+    """What torch reads once, when it is imported, of the environment; what the user has set there stays.
 
-    By default they spin for milliseconds. Alone on the machine that costs nothing, but as soon as anything else wants a
-    core, each spins through the time slice that the other one needs (docs/performance.md).
+    GPU memory grows in segments that can be extended: batches of several shapes would leave gaps that none fills. CPU
+    threads sleep soon when they wait for each other. By default they spin for milliseconds. Alone on the machine that
+    costs nothing, but as soon as anything else wants a core, each spins through the time slice that the other one needs
+    (docs/performance.md).
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -12,6 +12,8 @@ from trainer.errors import Diverged, StorageFailed
 from trainer.hook import CollectiveHook
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from trainer.run.rundir import RunDir
@@ -23,8 +25,9 @@ MAX_FAILURES = 3
 class Checkpointing(CollectiveHook):
     """All ranks take part, rank 0 writes. A full disk costs one save, three in a row or the last one end the run.
 
-    In the background the steps wait for a copy of the state in host memory alone; a thread then serialises, hashes and
-    commits it. A new save waits for the one before, and the run does not end before the last one has.
+    In the background the steps wait for a copy of the state in host memory alone, on a GPU not before they change the
+    state; a thread then serialises, hashes and commits it. A new save waits for the one before, and the run does not
+    end before the last one has.
     """
 
     saves: ClassVar[bool] = True
@@ -90,16 +93,21 @@ class Checkpointing(CollectiveHook):
             **self.sidecar_facts,
         }
         if not last and self.background and self._room_for(content):
-            self._copy = copied(content, self._copy)
-            arguments = (training.run_dir, self._copy, facts)
+            with training.runtime.copying() as there:
+                self._copy = copied(content, self._copy)
+            arguments = (training.run_dir, self._copy, facts, there)
             self._thread = threading.Thread(target=self._write, args=arguments, name=f"checkpoint-{state.step}")
             self._thread.start()
         else:
             self._write(training.run_dir, content, facts)
 
-    def _write(self, run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _write(
+        self, run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any], there: Callable[[], None] | None = None
+    ) -> None:
         self._problem = "the save did not end"
         try:
+            if there is not None:
+                there()
             save_checkpoint(run_dir, content, facts)
             self._problem = None
         except OSError as error:
@@ -139,8 +147,11 @@ def copied(content: Any, former: Any = None) -> Any:
 
     if torch.is_tensor(content):
         fits = torch.is_tensor(former) and former.shape == content.shape and former.dtype == content.dtype
-        host = former if fits else torch.empty_like(content, device="cpu", requires_grad=False)
-        return host.copy_(content.detach())
+        # From a GPU into pinned memory, in the order of the copies' stream; the host goes on.
+        host = (
+            former if fits else torch.empty_like(content, device="cpu", pin_memory=content.is_cuda, requires_grad=False)
+        )
+        return host.copy_(content.detach(), non_blocking=True)
     if isinstance(content, dict):
         formers = former if isinstance(former, dict) else {}
         return {key: copied(value, formers.get(key)) for key, value in content.items()}

@@ -22,7 +22,11 @@ class WeightDigest(CollectiveHook):
     kind = "weight_digest"
     repeatable: ClassVar[bool] = True
 
-    every_steps: int = Field(default=1, ge=1, description="Optimizer steps between two hashes.")
+    every_steps: int = Field(
+        default=100,
+        ge=1,
+        description="Optimizer steps between two hashes; each copies all weights from the device.",
+    )
 
     def due(self, step: int, last: bool) -> bool:
         return step % self.every_steps == 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -105,8 +105,12 @@ class ModelFamily(Part, home="trainer.models"):
         description="Start from another run's weights: a run folder, or FOLDER@STEP; its EMA weights if it has any.",
     )
     train_text_encoder: bool = Field(default=False, description="Train the text encoder together with the UNet.")
-    vae_precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Precision of the frozen VAE; in fp16 many VAEs overflow to black pictures."
+    blocks: ClassVar[tuple[str, ...]] = ()  # classes of the networks' parts that repeat, for `train.compile: blocks`
+
+    vae_precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        default="fp32",
+        description="Precision of the frozen VAE; in fp16 many VAEs overflow to black pictures. `auto` is decided "
+        "once, at a run's first start: bf16 on a GPU that computes in it, if the first pictures' latents say the same.",
     )
 
     @abstractmethod

@@ -36,7 +36,7 @@ def fetch_small_files(hub_id: str, revision: str | None) -> Path:
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -45,7 +45,9 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        # Said, though the switch is on: some releases ask the hub all the same for a revision that is a commit.
+        offline = constants.HF_HUB_OFFLINE
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except GatedRepoError:
         what = "the hub gives this model only to accounts that accepted its terms"
         fix = "accept them on the model's page, then log in with `hf auth login`"

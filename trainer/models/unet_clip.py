@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class UNetClip(ModelFamily):
     """A UNet over VAE latents, conditioned on one CLIP text encoder."""
 
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
+
     clip_skip: int = Field(
         default=0, ge=0, le=11, description="How many of the text encoder's last layers to skip; 0 uses the last one."
     )
