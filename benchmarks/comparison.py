@@ -73,13 +73,21 @@ def circumstances(arguments: Sequence[str]) -> dict[str, Any]:
     cpu, (gpus, _) = cpu_facts(), nvidia_gpus()
     parts = [f"{cpu['usable_cores'] or cpu['logical_cores']} cores of {cpu['model'] or 'an unknown CPU'}"]
     parts += [f"{cpu['memory_bytes'] / 2**30:.0f} GiB", *(str(gpu["name"]) for gpu in gpus), sys.platform]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: version_of(name) for name in PACKAGES}
     return {
         "machine": ", ".join(parts),
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
         "date": utc_time(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
     }
+
+
+def version_of(name: str) -> str:
+    """The version of a package; `not installed` if there is no record of one, as of a checkout that was only copied."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def conclude(result: dict[str, Any], arguments: Sequence[str], file: Path | None) -> None:

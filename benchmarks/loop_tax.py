@@ -2,7 +2,8 @@
 
 Both loops live in one process and take turns in shuffled order; a turn is `--steps` steps. A second bare loop is the
 control: whatever its ratio to the first one is, is noise. Two identical loops differ by about 1 % for as long as they
-live, so all are built anew `--sets` times. How to read it: README.md.
+live, so all are built anew `--sets` times. Beside the ratio stand the host's microseconds of a step without a network,
+which noise cannot hide. How to read it: README.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from comparison import add_step_arguments, conclude
+from host_time import RANKS, of_ranks, text_of
 from pydantic import PrivateAttr
 from torch import Tensor
 
@@ -242,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_arguments(parser, "loops")
+    parser.add_argument("--host-steps", type=int, default=3000, help="steps without a network (default 3000)")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -256,9 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     turns_of = f"medians of {args.sets} sets of {args.rounds} rounds of {args.steps} steps"
     step_of = f"tiny model, batch {args.batch}, {args.image_size} px, {args.precision} on {device.type}"
     print(f"{turns_of}; {step_of}, {args.threads} thread{'s' * (args.threads > 1)}")
+    host = [of_ranks(ranks, args.host_steps) for ranks in RANKS]
+    print("\nthe host, " + "\nthe host, ".join(map(text_of, host)))
     size = {name: value for name, value in vars(args).items() if name != "json"}
     tax = {clock: rows["difftrain"]["ratio"] for clock, rows in clocks.items()}
-    conclude({"loop_tax": tax, "device": device.type, **size, "clocks": clocks}, arguments, args.json)
+    conclude({"loop_tax": tax, "device": device.type, **size, "clocks": clocks, "host": host}, arguments, args.json)
     return 0
 
 

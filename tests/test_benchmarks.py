@@ -31,7 +31,8 @@ def benchmark(name: str, file: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.text2image
 def test_loop_tax_compares_three_loops_that_compute_the_same(tmp_path):
     result = benchmark(
-        "loop_tax.py", tmp_path / "tax.json", "--sets", "1", "--rounds", "1", "--steps", "2", "--batch", "2"
+        *("loop_tax.py", tmp_path / "tax.json", "--sets", "1", "--rounds", "1", "--steps", "2", "--batch", "2"),
+        *("--host-steps", "100"),
     )
     assert set(result["clocks"]) == {"wall", "cpu"}
     for clock, loops in result["clocks"].items():
@@ -39,6 +40,24 @@ def test_loop_tax_compares_three_loops_that_compute_the_same(tmp_path):
         assert loops["bare"]["ratios_of_sets"] == [1.0]
         assert all(len(loop["ratios_of_sets"]) == 1 and loop["step_milliseconds"] > 0 for loop in loops.values())
         assert result["loop_tax"][clock] == loops["difftrain"]["ratio"] > 0
+    assert [row["ranks"] for row in result["host"]] == [1, 2]
+    for row in result["host"]:
+        named = {"loader", "draws", "collectives", "clip", "optimizer", "EMA", "metrics", "hooks", "objective"}
+        assert all(row["parts"][part] > 0 for part in named)
+        assert row["wall_microseconds"] > row["microseconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_gpu_measures_a_loop_on_the_cpu_beside_the_bare_one(tmp_path):
+    smallest = ["--device", "cpu", "--model", "tiny", "--sizes", "1x32", "--warm", "1", "--steps", "1"]
+    result = benchmark("gpu.py", tmp_path / "gpu.json", *smallest, "--rows", "loop", "--precision", "fp32")
+    rows = {row["name"].rpartition(": ")[2]: row for row in result["rows"]}
+    assert list(rows)[:2] == ["matmul fp32, before", "bare"]
+    assert set(rows) == {"matmul fp32, before", "bare", "difftrain", "bare again", "matmul fp32, after"}
+    assert rows["bare again"]["losses"] == rows["bare"]["losses"]
+    assert rows["difftrain"]["loss_gap"] < 1e-3
+    assert all(row["ms"] > 0 and row["tflops"] > 0 for row in rows.values())
 
 
 @pytest.mark.slow
@@ -151,3 +170,18 @@ def test_scale_measures_every_kind_of_plan(tmp_path):
     assert set(rows) == {"range", "listed", "codes", "buckets", "mapped"}
     assert all(row["records"] == 10_000 and row["record_microseconds"] > 0 for row in rows.values())
     assert all(row["epoch_start_microseconds"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.text2image
+def test_roofline_computes_each_option_by_part(tmp_path):
+    result = benchmark("roofline.py", tmp_path / "roofline.json", "--pixels", "64", "--batch", "1")
+    assert result["computed"]
+    options = result["options"]
+    assert {"as it is", "norm_precision: bf16", "channels_last", "compile: blocks", "all three"} <= set(options)
+    for option in options.values():
+        for count in ("launches", "bytes", "flops"):
+            assert sum(part[count] for part in option["parts"].values()) == option[count] > 0
+        assert all(rate > 0 for rate in option["images_per_second"].values())
+    assert options["all three"]["flops"] == options["as it is"]["flops"]
+    assert options["all three"]["bytes"] < options["compile: blocks"]["bytes"] < options["as it is"]["bytes"]
