@@ -14,23 +14,23 @@ from trainer.checkpoint import Retention
 from trainer.hooks.checkpointing import Checkpointing
 
 
-class OneSave(Checkpointing):
-    """Saves at one step, and not at the end: a last save is never in the background."""
+class TwoSaves(Checkpointing):
+    """Saves in the warm-up, which takes the memory of copies, and once more; not at the end, in the foreground."""
 
     def due(self, step: int, last: bool) -> bool:
-        return step == self.every_steps
+        return step in (1, self.every_steps)
 
 
 def save_stall(data: Data, folder: Path, background: bool) -> Row:
-    """Milliseconds that the longest step took beyond a usual one, in a run that saves once."""
+    """Milliseconds that the longest step took beyond a usual one, in a run whose second save is looked at."""
     at = data.step.warm + 2
-    hook = OneSave(every_steps=at, retention=Retention(2, None, 0), background=background, sidecar_facts={})
+    hook = TwoSaves(every_steps=at, retention=Retention(2, None, 0), background=background, sidecar_facts={})
     loop = OurLoop(data, folder, {}, hooks=[hook])
     marks = Marks(data.device)
     try:
         loop.run(marks)
         gaps = marks.gaps()[1][data.step.warm - 1 :]  # the host's, for a device may work on while the host writes
-        saved = sum(path.stat().st_size for path in folder.rglob("checkpoint-*.pt"))
+        saved = max(path.stat().st_size for path in folder.rglob("checkpoint-*.pt"))
     finally:
         loop.close()
     usual, longest = statistics.median(gaps), max(gaps)

@@ -82,6 +82,16 @@ def hub_only_for_integration(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
 
+@pytest.fixture(autouse=True)
+def no_runtime_is_left_open() -> Iterator[None]:
+    """A runtime that a test did not close would decide the precision of the next test's run."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        left = bool(state.AcceleratorState._shared_state)
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        assert not left, "close the Runtime that this test made"
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[[str], Path]:
     """Write the text of a config and return its path."""

@@ -54,7 +54,7 @@ def test_the_check_needs_nothing_but_the_standard_library():
 @pytest.mark.text2image
 def test_the_rehearsal_fills_every_stage_and_its_losses_agree(tmp_path: Path):
     out = tmp_path / "made" / "out"
-    code, said = rehearsed(out, "--budget", "380")
+    code, said = rehearsed(out, "--budget", "180")
     rows = finished(out / "gpu.jsonl")
     bad = {name: row["error"] for name, row in rows.items() if "error" in row}
     assert (code, bad) == (0, {}), said + (out / "log.txt").read_text()[-4000:]

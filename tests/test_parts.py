@@ -315,17 +315,21 @@ def test_a_family_learns_one_batch_by_heart(
         "ema": {"decay": 0.9},
     }
     checked = preflight(load_config(write_config(yaml.safe_dump(values))), rank=0, world_size=1)
-    training = assemble(checked, Runtime("fp32", deterministic=False), RunDir(tmp_path / "run"), start=None)
-    before = {name: weight.detach().clone() for name, weight in training.state.weights().items()}
-    batch = itertools.repeat(next(training.batches(0, 1)))
-    losses = [train_step(training, batch).sums[0].item() for _ in range(STEPS)]
-    assert 0.5 < losses[0] < 2  # of unit noise, by a network that knows nothing yet
-    assert losses[-1] < BOUND
-    after = training.state.weights()
-    unchanged = [name for name in before if torch.equal(before[name], after[name])]
-    assert not unchanged, "trainable, but the loss does not reach it"
-    assert any(name.startswith("text_encoder.") for name in before) == train_text_encoder
-    assert not any(weight.requires_grad for weight in training.components.vae.parameters())
+    runtime = Runtime("fp32", deterministic=False)
+    try:
+        training = assemble(checked, runtime, RunDir(tmp_path / "run"), start=None)
+        before = {name: weight.detach().clone() for name, weight in training.state.weights().items()}
+        batch = itertools.repeat(next(training.batches(0, 1)))
+        losses = [train_step(training, batch).sums[0].item() for _ in range(STEPS)]
+        assert 0.5 < losses[0] < 2  # of unit noise, by a network that knows nothing yet
+        assert losses[-1] < BOUND
+        after = training.state.weights()
+        unchanged = [name for name in before if torch.equal(before[name], after[name])]
+        assert not unchanged, "trainable, but the loss does not reach it"
+        assert any(name.startswith("text_encoder.") for name in before) == train_text_encoder
+        assert not any(weight.requires_grad for weight in training.components.vae.parameters())
+    finally:
+        runtime.close()
 
 
 @every_family

@@ -60,3 +60,9 @@ def test_memory_grows_in_segments_unless_the_user_says_how(monkeypatch, name):
     set_torch_up()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+
+
+def test_memory_is_told_where_proc_leaves_its_peak_out(runtime: Runtime, monkeypatch):
+    known = runtime.memory()["peak_memory_bytes"]
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_: "Name: python\n")
+    assert runtime.memory()["peak_memory_bytes"] == pytest.approx(known, rel=0.5), "both in bytes"

@@ -33,8 +33,11 @@ def draw(
     Raises UserError as loading does.
     """
     step, sampler, runtime = sampler_of(config, run, checkpoint, steps, guidance, averaged)
-    with runtime.autocast():
-        pictures = sampler.draw(prompts, seed, range(len(prompts)))
+    try:
+        with runtime.autocast():
+            pictures = sampler.draw(prompts, seed, range(len(prompts)))
+    finally:
+        runtime.close()
     if len(pictures) == 1:
         return step, pictures[0]
     weights = "EMA" if averaged and config.ema else "current"

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +38,7 @@ from trainer.runtime import Runtime
 from trainer.settle import as_settled, settled
 from trainer.training import Training, assemble
 
+SAVE_SECONDS = 60.0  # that a save under way is waited for where the main thread is stuck
 MOST_COUNTED = 20_000  # records whose captions are counted at a start: a second's work
 
 
@@ -114,8 +116,11 @@ def _leave_at_once(runtime: Runtime, run_dir: RunDir, lock: RunLock, end: PeerFa
     if runtime.is_main and lock.may_write():
         with contextlib.suppress(RunEnd, OSError):
             record_end(run_dir.manifest, *as_status(end))
-    if end.of_one_rank:
+    if end.of_one_rank or runtime.is_main:
         print(f"{end.state}: {end}", file=sys.stderr, flush=True)
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint-"):
+            thread.join(SAVE_SECONDS)
     os._exit(end.exit_code)
 
 
@@ -196,6 +201,8 @@ def describe(training: Training) -> list[str]:
     revision = f"@{source.revision}" if source.revision else ""
     lr = config.lr
     trained_as = components.scheduler.get("prediction_type")
+    layers = [layer for network in training.state.modules.values() for layer in network.modules()]
+    drops = any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers)
     mismatch = trained_as is not None and trained_as != config.objective.kind
     return [
         f"model  {source.source}{revision}: {', '.join(sizes)}",
@@ -204,7 +211,7 @@ def describe(training: Training) -> list[str]:
         f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
         f"{', deterministic' if config.train.deterministic else ''}",
         *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
-        *(["note   this model has dropout, and what it drops depends on the micro batch"] if training.drops else []),
+        *(["note   this model has dropout, and what it drops depends on the micro batch"] if drops else []),
         f"output {training.run_dir.path}",
     ]
 

@@ -53,7 +53,13 @@ def _steps(training: Training, crew: Crew, control: Asks, batches: Iterator[Batc
     pending, postponed = PendingMetrics(training), False
     while state.step < train.max_steps:
         started = time.perf_counter()
-        result = train_step(training, batches)
+        try:
+            result = train_step(training, batches)
+        except BaseException:
+            if postponed and training.runtime.world_size == 1:  # of several ranks the others are elsewhere
+                with contextlib.suppress(Exception):  # it must not hide the reason
+                    crew.metrics(pending.drain())
+            raise
         seconds = time.perf_counter() - started
         if postponed:
             crew.metrics(pending.drain())

@@ -29,6 +29,7 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # as torch's fused optimizers say that they read the flag
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
+    _skips: Tensor | None = None  # `found_inf` of this step, as a bool
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Muon(torch.optim.Optimizer):
         """Update every weight that has a gradient."""
         assert closure is None, "the loss is computed once, before the step"
         assert self.grad_scale is None, "gradients are unscaled before the step"
+        self._skips = None if self.found_inf is None else self.found_inf.bool()
         for group in self.param_groups:
             (self._step_matrices if "momentum" in group else self._step_others)(group)
 
@@ -76,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
     def _put(self, tensor: Tensor, new: Tensor) -> None:
         """Give `tensor` new values, unless this step is skipped; not by a product, for NaN times 0 is NaN."""
-        tensor.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), tensor, new))
+        tensor.copy_(new if self._skips is None else torch.where(self._skips, tensor, new))
 
     def _step_others(self, group: dict[str, Any]) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]

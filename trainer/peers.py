@@ -11,7 +11,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -88,22 +88,29 @@ class Peers:
                 raise LostContactError(f"timed out waiting {timeout_seconds:g} s for rank 0")
 
     @contextlib.contextmanager
-    def watching(self, step: Callable[[], int], lost: Callable[[PeerFailed], None]) -> Iterator[None]:
-        """Within it, `lost` is called, from a thread, when a rank falls silent and the main thread does not notice.
+    def watching(self, steps: Callable[[], int], lost: Callable[[PeerFailed], None]) -> Iterator[None]:
+        """Within it, `lost` is called, from a thread, when a rank is lost and the main thread does not notice.
 
-        It has to end the process. `step` gives the number of steps done.
+        It has to end the process. `steps` gives the number of steps done.
         """
 
-        def named(silent: list[int]) -> None:
+        def named(ranks: Sequence[int]) -> None:
             if not self._told:
                 self._told = True
-                lost(self._missing(silent, "silent since", step()))
+                lost(self._found(ranks, steps()))
 
-        self._watchdog.watch(named)
+        self._watchdog.watch(steps, named)
         try:
             yield
         finally:
             self._watchdog.end()
+
+    def _found(self, ranks: Sequence[int], step: int) -> PeerFailed:
+        with contextlib.suppress(RuntimeError, OSError):  # the store may be what is lost
+            for rank in ranks:
+                if self.store.check([f"failed/{rank}"]):
+                    return self._named(rank)
+        return self._missing(ranks, "silent since", step)
 
     def _next_job(self) -> str:
         self._jobs += 1
@@ -124,6 +131,7 @@ class Peers:
 
     def _tell(self, error: BaseException, step: int) -> BaseException:
         self.store.set(f"failed/{self.rank}", json.dumps([step, *as_status(error)]))
+        self._watchdog.say_gone()
         return error
 
     def _look(self, error: BaseException, step: int) -> PeerFailed:
@@ -143,7 +151,7 @@ class Peers:
         timed_out = re.search("timed out|timeout", str(error), re.IGNORECASE)
         return self._missing(missing, "silent since" if timed_out else "gone after", step)
 
-    def _missing(self, missing: list[int], seen: str, step: int) -> PeerFailed:
+    def _missing(self, missing: Sequence[int], seen: str, step: int) -> PeerFailed:
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         found = PeerFailed(f"{names} {seen} step {step}")
         found.of_one_rank = self.rank == min(set(range(self.world_size)) - set(missing))  # rank 0 may be among them

@@ -123,6 +123,8 @@ def _same_rounding(record: Recorded, steps: int, checked: Preflight) -> bool:
         return ranks, micro_batch, start.get("torch_threads"), record.kernels(start)
 
     first, *others = (start for start in record.starts if start["from_step"] < steps)
+    if record.kernels(first)["train.cudnn_benchmark"]:
+        return False  # a stopwatch chose them
     here = checked.topology.world_size, checked.topology.micro_batch, first.get("torch_threads"), record.kernels(first)
     return all(order(start) == here for start in (first, *others))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -132,6 +133,7 @@ class Runtime:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if on_gpu else None,
             "fp32_products": torch.get_float32_matmul_precision(),
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
             "gpu_names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
         }
 
@@ -298,12 +300,13 @@ class Runtime:
                 "peak_memory_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_memory_bytes": torch.cuda.max_memory_reserved(),
             }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # some sandboxes leave the line out
             text = Path("/proc/self/status").read_text()
             return {"peak_memory_bytes": 1024 * int(text.partition("VmHWM:")[2].split(maxsplit=1)[0])}
         import resource
 
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # macOS counts bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak}
 
     @property
     def may_hang_at_its_end(self) -> bool:

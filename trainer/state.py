@@ -80,7 +80,7 @@ class TrainState:
             own = weight.clone()
             weight.copy_(ema.average[name])
             ema.average[name].copy_(own)
-            del own  # else the next one would come beside it
+            del own  # else two copies would be alive at once
         self._swapped = not self._swapped
 
 
@@ -102,4 +102,6 @@ def _beside(weight: Tensor, value: Tensor) -> Tensor:
     """
     if value.shape == weight.shape:
         return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
-    return value.to(weight.device, copy=True)  # a copy also on the CPU: it would live in the mapped checkpoint file
+    # Counts of steps too: those of fused optimizers are read there. A copy also on the CPU, where it would otherwise
+    # live in the mapped checkpoint file.
+    return value.to(weight.device, copy=True)

@@ -84,8 +84,7 @@ def train_step(training: Training, batches: Iterator[Batch]) -> StepResult:
 def sample_losses(training: Training, batch: Batch) -> Tensor:
     """The weighted loss of each sample, [B] float32, of a micro batch that is on the device."""
     objective, weighting = training.config.objective, training.config.weighting
-    if training.drops:
-        training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
+    training.runtime.seed_dropout(draw_seed(training.config.train.seed, "dropout", batch.slots[0]))
     x0 = training.latent_source.latents(batch)
     x_t, target = objective.corrupt(x0, batch.eps, batch.t)
     pred = training.model(x_t, objective.model_time(batch.t), batch.text)

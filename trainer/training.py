@@ -53,7 +53,6 @@ class Training:
     state: TrainState
     samples: Samples
     held_out: Samples | None
-    drops: bool  # some layer that trains has dropout
     unreadable: int = 0  # pictures that are left out because they cannot be read
     first_step: int = 0  # optimizer steps done before this start
     captions_cut: int = 0  # since this start
@@ -174,11 +173,6 @@ def assemble(
         state=state,
         samples=trained,
         held_out=held_out,
-        drops=any(
-            isinstance(layer, nn.Dropout) and layer.p > 0
-            for network in state.modules.values()
-            for layer in network.modules()
-        ),
         unreadable=roll.unreadable,
         first_step=state.step,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +173,22 @@ def test_each_shape_of_a_batch_is_compiled_once(config, tmp_path):
     assert batches(tmp_path / "run") == batches(tmp_path / "eager")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
     assert 9 < counters["stats"]["unique_graphs"] <= 2 * 9
+
+
+def test_parts_with_norms_in_bf16_that_are_alike_share_their_graph(config):
+    unet: Any = ModelFamily.parse({"kind": "tiny"}).load(0).unet
+    train = settings(config, BF16, "train.norm_precision=bf16")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    blocks = [copy.deepcopy(unet.mid_block.attentions[0].transformer_blocks[0]) for _ in range(3)]
+    torch.compiler.reset()
+    for block in blocks:
+        arrange(block, train)
+        block.compile(backend=count, fullgraph=True, dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            block(torch.randn(1, 16, 40), encoder_hidden_states=torch.randn(1, 77, 64))
+    assert len(graphs) == 1

@@ -121,6 +121,14 @@ def test_a_rank_that_is_stuck_ends_once_another_is_silent(folder: Path):
     assert_checkpoints_are_whole(folder / "run")
 
 
+def test_a_rank_that_is_stuck_learns_why_another_failed(folder: Path):
+    with launch(folder, "run", ranks=2, FATE="raises_beside_stuck_ones 1") as job:
+        job.communicate(timeout=120)
+        assert time.time() - float((folder / "when").read_text()) < 60, "long before the time-out of ten minutes"
+    assert job.returncode == 1
+    assert manifest(folder / "run")["status"]["reason"] == "rank 1 failed after step 5: ValueError: no luck today"
+
+
 def test_ranks_wait_for_a_rank_0_that_saves_for_long(folder: Path):
     more = ["train.collective_timeout_seconds=5", "train.max_steps=4"]
     code, said = ended(folder, "run", *more, ranks=2, FATE="disk_is_slow 0")

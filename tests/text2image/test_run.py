@@ -133,13 +133,6 @@ def test_modes_do_not_depend_on_whether_a_grid_was_drawn(config, tmp_path):
             runtime.close()
 
 
-def test_a_model_without_dropout_is_not_seeded_step_by_step(config, tmp_path, monkeypatch):
-    from trainer.runtime import Runtime
-
-    monkeypatch.setattr(Runtime, "seed_dropout", lambda self, seed: pytest.fail("nothing drops"))
-    assert train(config, tmp_path / "run", "--set", "train.max_steps=1") == 0
-
-
 def test_gradients_are_freed_while_pictures_are_drawn(config, tmp_path):
     from trainer.config_file import load_config
     from trainer.preflight import preflight
@@ -177,3 +170,20 @@ def test_lines_are_written_while_the_device_works_on_the_next_step(config, tmp_p
     assert train(config, tmp_path / "run", *often) == 0
     assert written == [0, 0, 1, 3, 3, 4], "lines when each step is queued: one behind, but for the save after step 3"
     assert metrics(tmp_path / "run") == metrics(begun(6, "plain"))
+
+
+def test_lines_that_were_put_off_are_written_if_the_next_step_fails(config, tmp_path, monkeypatch):
+    from trainer import loop
+    from trainer.runtime import Runtime
+    from trainer.step import train_step
+
+    def failing(training, batches):
+        if training.state.step == 2:
+            raise ValueError("no luck")
+        return train_step(training, batches)
+
+    monkeypatch.setattr(loop, "train_step", failing)
+    monkeypatch.setattr(Runtime, "queues_steps", True)
+    often = ["--set", "train.log_every=1", "checkpoint.every_steps=100"]
+    assert train(config, tmp_path / "run", *often) == 1
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.commands.train import add_config_file_arguments, check
+from trainer.commands.train import add_config_file_arguments, check, set_torch_up
 
 EXAMPLE = "difftrain cache --config configs/sd15_finetune.yaml"
 
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     Several ranks share the work: `torchrun --nproc-per-node 2 -m trainer cache --config C`.
     """
     checked, _ = check(args, new_run=False, writes=False, for_steps=False)
+    set_torch_up()
     from trainer.cache_job import fill, verify
 
     if not args.verify:
