@@ -57,9 +57,9 @@ def start(config: Path, compare: bool, seed: int) -> dict[str, Any]:
 
     from trainer.config_file import load_config
     from trainer.data.transforms import View, as_float, fit, to_pixels
+    from trainer.encoding import Encoders, encoded
     from trainer.preflight import preflight
     from trainer.runtime import Runtime
-    from trainer.training import Encoders, encoded
 
     loaded = load_config(config, say=lambda line: None)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How fast a train step is on a device, beside what the device can do: difftrain, a bare loop, and one thing changed.
+"""How fast a train step is on a device, and how fast the device could be: difftrain, a bare loop, one thing changed.
 
 Everything is built on the device: random weights, and three batches of latents and text that steps rotate among. Rows
 come in shuffled order, each is on disk before the next begins, and out of memory is a row. How to read it: README.md.
@@ -24,7 +24,7 @@ from gpu_ceiling import ceilings, matmul
 from gpu_device import Telemetry, free_memory
 from gpu_loops import quietly
 from gpu_model import shape_of, tflop_of_step
-from gpu_rows import GROUPS, PLANS, measured, told
+from gpu_rows import GROUPS, PLANS, measured, row_error
 from gpu_saves import save_stall
 from gpu_step import Data, Step
 from gpu_vae import vae_row
@@ -67,7 +67,7 @@ class Sheet:
             try:
                 row |= measure()
             except Exception as error:  # noqa: BLE001
-                row["error"] = told(error)
+                row["error"] = row_error(error)
             self.slowest = max(self.slowest, time.monotonic() - began)
         append(self.file, row)
         self.rows.append(row)

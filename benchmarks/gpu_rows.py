@@ -140,7 +140,7 @@ def measured(name: str, data: Data, telemetry: Telemetry, flops: float, rate: fl
         row |= rates_of(row, flops, rate, step.images)
         bad = bad or compared(row, plan, bare)
     except Exception as error:  # noqa: BLE001
-        bad = told(error)
+        bad = row_error(error)
     if plan.overrides.get("train.compile"):
         torch.compiler.reset()
     clean_up()
@@ -149,7 +149,7 @@ def measured(name: str, data: Data, telemetry: Telemetry, flops: float, rate: fl
     return row | ({"error": bad} if bad else {})
 
 
-def told(error: Exception) -> str:
+def row_error(error: Exception) -> str:
     """An error in one line; one that begins with `out of memory` if that is what it is."""
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # a run tells it in its own words
         return f"out of memory: {' '.join(str(error).split())}"[:200]

@@ -1,4 +1,4 @@
-"""How long the steps wait for a save: copied and written beside them, or written while they wait."""
+"""How long the steps wait for a save: copied and written in the background, or written while they wait."""
 
 from __future__ import annotations
 

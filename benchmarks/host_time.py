@@ -1,9 +1,9 @@
-"""Microseconds that the host spends on a step beside the network, by part: a figure that noise cannot hide.
+"""Microseconds that the host spends on a step without the network, by part: a figure that noise cannot hide.
 
 The network is one number that its input is multiplied by, so that all else is what is left: loader, draws, collectives,
 clipping, optimizer, EMA, metrics, hooks. It is time of this thread on a core, so that neither other processes nor
 waiting for other ranks is in it, and the median over groups of steps, each with one log step. Time on the wall, with
-the network, stands beside it.
+the network, is shown too.
 
     python benchmarks/host_time.py
 """
@@ -186,7 +186,7 @@ def of_ranks(ranks: int, steps: int, tensors: int = 1, seconds: float = 600) -> 
         if process.returncode:
             raise RuntimeError(f"a rank ended with {process.returncode}: {said[-2000:]}")
     parts = json.loads(ended[0][0].splitlines()[-1])
-    figures = {"microseconds": parts.pop("beside"), "low_microseconds": parts.pop("low")}
+    figures = {"microseconds": parts.pop("all"), "low_microseconds": parts.pop("low")}
     figures["wall_microseconds"] = parts.pop("wall")
     return {"ranks": ranks, "steps": steps, "tensors": tensors, **figures, "parts": parts}
 
@@ -194,7 +194,7 @@ def of_ranks(ranks: int, steps: int, tensors: int = 1, seconds: float = 600) -> 
 def text_of(row: Row) -> str:
     """A line for people."""
     ranks = f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}"
-    whole = f"{row['microseconds']:.0f} us a step beside the network (lowest tenth {row['low_microseconds']:.0f})"
+    whole = f"{row['microseconds']:.0f} us a step without the network (lowest tenth {row['low_microseconds']:.0f})"
     parts = sorted(row["parts"].items(), key=lambda each: -each[1])
     by_part = ", ".join(f"{part} {value:.0f}" for part, value in parts)
     return f"{ranks}: {whole}: {by_part}; {row['wall_microseconds']:.0f} on the wall"
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     began, rows = time.monotonic(), []
     for ranks in RANKS:
-        name = f"{args.stage}: microseconds of a step beside the network, {ranks} rank{'s' * (ranks > 1)}"
+        name = f"{args.stage}: microseconds of a step without the network, {ranks} rank{'s' * (ranks > 1)}"
         if args.file is not None and name in finished(args.file):
             continue
         left = args.budget - (time.monotonic() - began)

@@ -52,16 +52,16 @@ class Groups:
         if self._last:
             group = {part: total - self._last.get(part, 0.0) for part, total in seconds.items()}
             group["rest"] = cpu - self._began[0] - sum(group.values())
-            group["beside"] = cpu - self._began[0] - sum(group.get(part, 0.0) for part in NETWORK)
+            group["all"] = cpu - self._began[0] - sum(group.get(part, 0.0) for part in NETWORK)
             self.found.append({**group, "wall": wall - self._began[1]})
         self._last, self._began = seconds, (time.thread_time(), time.perf_counter())
 
     def microseconds(self) -> dict[str, float]:
-        """Of a step, by part, the median over the groups; `rest` belongs to no part, `beside` is all but the network
-        and `low` its lowest tenth, `wall` is all of it on the wall."""
+        """Of a step, by part, the median over the groups; `rest` belongs to no part, `all` is all but the network and
+        `low` its lowest tenth, `wall` is everything on the wall."""
         looked_at = self.found[WARM_GROUPS:]
         medians = {
             part: statistics.median(group.get(part, 0.0) for group in looked_at) for part in set().union(*looked_at)
         }
-        medians["low"] = sorted(group["beside"] for group in looked_at)[len(looked_at) // 10]
+        medians["low"] = sorted(group["all"] for group in looked_at)[len(looked_at) // 10]
         return {part: round(1e6 * seconds / LOG_EVERY, 1) for part, seconds in medians.items()}

@@ -184,7 +184,9 @@ def tests(file: Path, device: str) -> int:
     pytest += ["-k", CPU_NAMES] if device == "cpu" else []
     command = [*pytest, "-m", marks, *paths]
     fixed = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # read once, when CUDA starts: too late for later tests
-    with subprocess.Popen(command, cwd=ROOT, env=fixed, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=fixed, stdout=subprocess.PIPE, text=True, preexec_fn=dies_with_its_parent
+    ) as process:
         assert process.stdout is not None, "it is a pipe"
         began = time.monotonic()
         for line in process.stdout:

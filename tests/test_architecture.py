@@ -36,13 +36,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "config_file", "config_reference"),  # types its fields with the parts below
     ("run",),  # the run directory, without torch
     (  # one run
-        *("checkpoint", "control", "failure", "loop", "peers", "preflight", "resume", "runtime", "state", "step"),
-        *("training", "watchdog"),
+        *("checkpoint", "control", "device", "encoding", "failure", "loop", "peers", "preflight", "resume", "runtime"),
+        *("state", "step", "training", "watchdog"),
     ),
     ("hooks",),  # what happens around its steps
     (  # whole jobs
-        *("cache_job", "comparison", "draw", "dry_run", "launch", "repetition", "replay", "reproduction"),
-        *("settle", "verification"),
+        *("auto_values", "cache_job", "comparison", "draw", "dry_run", "launch", "repetition", "replay"),
+        *("reproduction", "summary", "verification"),
     ),
     ("__main__", "cli", "commands", "train"),  # the command line
 )

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from trainer.auto_values import resolve_auto
 from trainer.encoder_cache.disk import Disk
+from trainer.encoding import Encoders, encoded
 from trainer.errors import UserError
 from trainer.preflight import Preflight, surveyed
 from trainer.runtime import Runtime
-from trainer.settle import settled
-from trainer.training import Encoders, encoded
 
 
 def fill(checked: Preflight) -> None:
@@ -20,7 +20,7 @@ def fill(checked: Preflight) -> None:
     train = config.train
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     try:
-        checked = settled(surveyed(checked, runtime), runtime, None)
+        checked = resolve_auto(surveyed(checked, runtime), runtime, None)
         config = checked.config
         for line in checked.data_lines() if runtime.is_main else ():
             runtime.say(line)

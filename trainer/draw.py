@@ -54,7 +54,7 @@ def sampler_of(
     modules = config.model.trainable(components)
     step = load_weights(modules, RunDir(run), checkpoint, averaged)
     for network in (components.unet, components.text_encoder, components.vae):
-        network.to(runtime.device).eval()
+        network.to(runtime.device).eval()  # pyright: ignore[reportArgumentType]
     vae = OnlineVae(components.vae, config.model.vae_precision)
     size = config.data.image_size
     return step, Sampler(config.model, components, config.objective, vae, size, steps, guidance), runtime

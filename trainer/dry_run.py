@@ -6,13 +6,13 @@ import time
 
 import torch
 
+from trainer.auto_values import resolve_auto
 from trainer.failure import caused_by, explained
-from trainer.launch import describe
 from trainer.preflight import Preflight, surveyed
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.settle import settled
 from trainer.step import train_step
+from trainer.summary import describe
 from trainer.training import Training, assemble
 
 
@@ -23,7 +23,7 @@ def dry_run(checked: Preflight) -> None:
     runtime = Runtime(train.precision, train.deterministic, train.collective_timeout_seconds)
     say = runtime.say
     try:
-        checked = settled(surveyed(checked, runtime), runtime, None)
+        checked = resolve_auto(surveyed(checked, runtime), runtime, None)
         for line in checked.equations() if runtime.is_main else ():
             say(line)
         training = assemble(checked, runtime, RunDir(config.train.output_dir or ""), None, first_step_only=True)

@@ -37,7 +37,7 @@ class Ema:
             average = self.average[name]
             alike = average.stride() == weight.stride() and average.dtype == weight.dtype
             assert alike, (
-                f"{name}: an average of {average.dtype} {average.stride()} for {weight.dtype} {weight.stride()}"
+                f"{name}: average {average.dtype}, strides {average.stride()}; weight {weight.dtype}, {weight.stride()}"
             )
 
     def update(self, weights: Mapping[str, Tensor], step: int, skipped: Tensor) -> None:

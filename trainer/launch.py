@@ -5,25 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import shlex
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-
-from torch import nn
 
 from trainer import loop
+from trainer.auto_values import resolve_auto, with_resolved
 from trainer.checkpoint import Found, sealed, set_aside_after
 from trainer.control import Control
-from trainer.data.captions import possible_captions
 from trainer.errors import RunEnd, Stopped, UserError
 from trainer.failure import as_status, caused_by, crashed, explained
 from trainer.files import open_atomic, write_atomic, write_json
-from trainer.hooks.progress import duration
 from trainer.hooks.standard import standard_hooks
 from trainer.peers import PeerFailed
 from trainer.preflight import Preflight, surveyed
@@ -35,11 +30,10 @@ from trainer.run.metrics import first_lines
 from trainer.run.records import changes_since
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
-from trainer.settle import as_settled, settled
-from trainer.training import Training, assemble
+from trainer.summary import describe, last_word, over_long
+from trainer.training import assemble
 
 SAVE_SECONDS = 60.0  # that a save under way is waited for where the main thread is stuck
-MOST_COUNTED = 20_000  # records whose captions are counted at a start: a second's work
 
 
 def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[str]) -> None:
@@ -55,7 +49,7 @@ def launch(checked: Preflight, run_dir: RunDir, resume: str, allowed: Sequence[s
             lambda: (run_dir.checkpoint_steps(), _start(checked, run_dir, lock, resume, allowed, runtime.say))
         )
         step = start.sidecar["step"] if start else 0
-        checked = settled(checked, runtime, start)
+        checked = resolve_auto(checked, runtime, start)
         _train(checked, runtime, run_dir, lock, seen, start, control)
         runtime.gather(None)  # all have come this far, so none leaves while another one still talks to it
     except Stopped:
@@ -108,7 +102,7 @@ def _train(
     gc.enable()  # `train` switched it off for the start-up
     with runtime.watching(lambda: training.state.step, partial(_leave_at_once, runtime, run_dir, lock)):
         loop.run(training, hooks, control, say)
-    _last_word(training, first, time.monotonic() - started, say)
+    last_word(training, first, time.monotonic() - started, say)
 
 
 def _leave_at_once(runtime: Runtime, run_dir: RunDir, lock: RunLock, end: PeerFailed) -> None:
@@ -134,7 +128,7 @@ def _start(
         return None
     step = start.sidecar["step"]
     saved = start.load()["config"]
-    refuse_changes(saved, as_settled(checked.config, saved), allowed, say)
+    refuse_changes(saved, with_resolved(checked.config, saved), allowed, say)
     inputs = {"data_fingerprint": checked.data_fingerprint, "model_files": checked.provenance.files}
     trained_in = RunDir(start.path.parent)
     refuse_other_inputs(
@@ -186,88 +180,3 @@ def prepare_folder(run_dir: RunDir, lock: RunLock, seen: list[int], start: Found
 
 def _is_branch(start: Found, run_dir: RunDir) -> bool:
     return start.path.parent.resolve() != run_dir.path.resolve()
-
-
-def describe(training: Training) -> list[str]:
-    """What was built, as lines for the start of a run."""
-    config, runtime = training.config, training.runtime
-    components = training.components
-    sizes = [f"unet {_count(components.unet)}"]
-    for name in ("text_encoder", "vae"):
-        what, precision = name.replace("_", " "), f" in {config.model.vae_precision}" if name == "vae" else ""
-        here = components.loaded(name)
-        sizes.append(f"{what} {_count(getattr(components, name))}{precision}" if here else f"{what} not loaded: cached")
-    source = components.provenance
-    revision = f"@{source.revision}" if source.revision else ""
-    lr = config.lr
-    trained_as = components.scheduler.get("prediction_type")
-    layers = [layer for network in training.state.modules.values() for layer in network.modules()]
-    drops = any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers)
-    mismatch = trained_as is not None and trained_as != config.objective.kind
-    return [
-        f"model  {source.source}{revision}: {', '.join(sizes)}",
-        f"loss   {config.objective.kind}, {config.weighting.kind} weighting, {config.timesteps.kind} timesteps; "
-        f"{config.optimizer.kind}, {lr.kind} lr {lr.peak:g} after {lr.warmup_steps} warm-up steps",
-        f"ranks  {runtime.world_size} on {runtime.device.type}, {config.train.precision}, seed {config.train.seed}"
-        f"{', deterministic' if config.train.deterministic else ''}",
-        *([f"note   this model was trained to predict {trained_as}, not {config.objective.kind}"] if mismatch else []),
-        *(["note   this model has dropout, and what it drops depends on the micro batch"] if drops else []),
-        f"output {training.run_dir.path}",
-    ]
-
-
-def over_long(training: Training) -> list[str]:
-    """How many captions the text encoder cannot read to their end, if there are any; of much data, in a part of it."""
-    config, records = training.config, training.samples.records
-    family, tokenizer = config.model, training.components.tokenizer
-    room, stride = family.prompt_room(tokenizer), -(-len(records) // MOST_COUNTED)
-    captions = [each for index in range(0, len(records), stride) for each in records[index].captions]
-    if not config.data.caption_shuffle_tags:
-        captions = list(possible_captions(config.data, captions))
-    could_be = [caption for caption in captions if len(caption.encode()) > room]  # a token is a byte at least
-    cut = sum(count > room for count in family.token_counts(tokenizer, could_be))
-    part = "" if stride == 1 else f" of every {stride}th record"
-    told = f"note   {cut:,} of {len(captions):,} captions{part} are longer than the {room} tokens that are read"
-    return [f"{told}; model.prompt_chunks takes more of them"] if cut else []
-
-
-def _count(module: nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in module.parameters())
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    state = (
-        "trained" if trainable == total else "frozen" if trainable == 0 else f"of which {trainable / 1e6:.3g} M trained"
-    )
-    return f"{total / 1e6:.3g} M {state}"
-
-
-def _last_word(training: Training, first: int, seconds: float, say: loop.Say) -> None:
-    state, run_dir, train = training.state, training.run_dir, training.config.train
-    steps = state.step - first
-    images = steps * train.global_batch_size
-    rows = {
-        "steps": f"{steps} ({first} -> {state.step})",
-        "images": f"{images}",
-        "images/s": f"{images / seconds:.4g} (start-up, saving and sampling included)",
-        "wall time": duration(seconds),
-        "checkpoint": str(run_dir.checkpoint(state.step)),
-        "metrics": str(run_dir.metrics),
-        "go on with": resume_command(training),
-    }
-    if cut := training.captions_cut:
-        rows["cut"] = f"{cut} captions were longer than the text encoder reads; model.prompt_chunks takes more of them"
-    samples = run_dir.sample(state.step)
-    if samples.is_file():
-        rows["samples"] = str(samples)
-    for name, value in rows.items():
-        say(f"  {name:11} {value}")
-
-
-def resume_command(training: Training) -> str:
-    """The command that goes on with this run, from the working directory of this process."""
-    resolved = shlex.quote(str(training.run_dir.resolved_config))
-    ranks = training.runtime.world_size
-    train_py = Path(__file__).with_name("train.py")
-    program = f"torchrun --nproc-per-node {ranks} {shlex.quote(str(train_py))}" if ranks > 1 else "difftrain train"
-    if training.runtime.local_world_size != ranks:
-        program = "the launch command of this job with"
-    return f"{program} --config {resolved} --resume auto"

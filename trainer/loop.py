@@ -99,13 +99,13 @@ class PendingMetrics:
         """Remember a step that took `seconds` of the host's time."""
         self.results.append(result)
         row = torch.stack([*result.sums, result.grad_norm, result.skipped])
-        self.numbers.append(self.training.runtime.on_its_way(row))
+        self.numbers.append(self.training.runtime.copy_to_host(row))
         self.seconds += seconds
 
     def drain(self) -> list[dict[str, Any]]:
         """One metrics line per step since the last drain, at least one."""
         started = time.perf_counter()
-        numbers = [arrived().tolist() for arrived in self.numbers]
+        numbers = torch.stack([arrived() for arrived in self.numbers]).tolist()
         batch = self.training.topology.global_batch
         per_step = (self.seconds + time.perf_counter() - started) / len(self.results)
         memory = self.training.runtime.memory()

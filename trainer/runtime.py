@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from trainer.device import Device
 from trainer.errors import RunEnd, UserError
 from trainer.peers import PeerFailed, Peers
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Runtime:
+class Runtime(Device):
     """This process among its peers; raises UserError for what this machine cannot do."""
 
     def __init__(self, precision: Precision, deterministic: bool, collective_timeout_seconds: float = 600):
@@ -70,15 +69,13 @@ class Runtime:
                 f"train.collective_timeout_seconds makes them wait longer ({str(error).splitlines()[0]})"
             ) from None
         self._timeout_seconds = collective_timeout_seconds
-        self.device = self._accelerator.device
+        super().__init__(self._accelerator.device)
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.local_world_size: int = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
         self.precision: Precision = precision
         self.scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         self._check(deterministic)
-        self._beside: torch.cuda.Stream | None = None  # for copies of the state
-        self._copied: torch.cuda.Event | None = None  # of the newest copy, if steps have not waited for it yet
         # Flags and gathered objects live on the host: waiting for them never waits for the GPU's queue.
         self._host_group, self._peers = None, None
         if self.world_size > 1:
@@ -104,11 +101,6 @@ class Runtime:
                 "the environment",
                 "export CUBLAS_WORKSPACE_CONFIG=:4096:8",
             )
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether the device is a GPU that computes in bf16, and not by way of fp32."""
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     @property
     def is_main(self) -> bool:
@@ -230,83 +222,10 @@ class Runtime:
         """Within it, a thread ends this process by `lost` if a rank is silent and the main thread is stuck."""
         return self._peers.watching(step, lost) if self._peers else contextlib.nullcontext()
 
-    def seed_dropout(self, seed: int) -> None:
-        """Make layers that draw from the device's own generator (nn.Dropout) depend on `seed` alone."""
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-        elif self.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every backend there might be: 0.3 ms
-        else:
-            torch.manual_seed(seed)
-
     @property
     def gradients_are_buckets(self) -> bool:
         """Whether gradients are views of the memory that DDP averages over the ranks, and have to stay there."""
         return self.world_size > 1
-
-    @property
-    def queues_steps(self) -> bool:
-        """Whether the host runs ahead of its device, which has to have work queued to stay busy."""
-        return self.device.type == "cuda"
-
-    def on_its_way(self, values: Tensor) -> Callable[[], Tensor]:
-        """Gives `values` on the host, once they are there: waits for what was queued up to now, for nothing later."""
-        if self.device.type != "cuda":
-            return lambda: values
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)  # from torch's own store of such memory
-        host.copy_(values, non_blocking=True)
-        there = torch.cuda.Event()
-        there.record()
-
-        def arrived() -> Tensor:
-            there.synchronize()
-            return host
-
-        return arrived
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[Callable[[], None]]:
-        """Within it copies to the host are queued beside the steps; what it gives waits for them, in any thread.
-
-        Whoever changes what is copied calls `finish_copies` before.
-        """
-        if self.device.type != "cuda":
-            yield lambda: None
-            return
-        self._beside = self._beside or torch.cuda.Stream()
-        self._beside.wait_stream(torch.cuda.current_stream())
-        self._copied = torch.cuda.Event()
-        with torch.cuda.stream(self._beside):
-            yield self._copied.synchronize
-            self._copied.record()
-
-    def finish_copies(self) -> None:
-        """Let the device change nothing before the copies are done; the host goes on."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-            self._copied = None
-
-    def forget_peak_memory(self) -> None:
-        """From now on `memory` has the peak of what follows."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):  # Linux alone has it
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def memory(self) -> dict[str, int]:
-        """Bytes that this rank has held at most: of the GPU, with what was reserved, or of the process without one."""
-        if self.device.type == "cuda":
-            return {
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-                "reserved_memory_bytes": torch.cuda.max_memory_reserved(),
-            }
-        with contextlib.suppress(OSError, IndexError, ValueError):  # some sandboxes leave the line out
-            text = Path("/proc/self/status").read_text()
-            return {"peak_memory_bytes": 1024 * int(text.partition("VmHWM:")[2].split(maxsplit=1)[0])}
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak}
 
     @property
     def may_hang_at_its_end(self) -> bool:

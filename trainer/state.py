@@ -51,7 +51,7 @@ class TrainState:
         for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(ours)  # the config decides; the checkpoint's own settings were compared with it
         for weight, entry in self.optimizer.state.items():
-            entry |= {name: _beside(weight, value) for name, value in entry.items() if torch.is_tensor(value)}
+            entry |= {name: _like_weight(weight, value) for name, value in entry.items() if torch.is_tensor(value)}
         if self.ema is not None:
             # Without a saved average (an allowed change of the config) it starts at the loaded weights.
             self.ema.load(saved["ema"] or {name: weight.detach() for name, weight in self._weights.items()})
@@ -94,11 +94,11 @@ def trainable_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def _beside(weight: Tensor, value: Tensor) -> Tensor:
+def _like_weight(weight: Tensor, value: Tensor) -> Tensor:
     """An optimizer's `value` for a weight, in memory of its own where the weight is.
 
     Of the weight's strides if it has its shape: fused kernels walk memory, not indices, so a checkpoint of contiguous
-    tensors would be read wrong beside weights in channels-last order.
+    tensors would be read wrong for weights in channels-last order.
     """
     if value.shape == weight.shape:
         return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)

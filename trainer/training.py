@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from trainer.checkpoint import Found, find, find_newest, named_run
@@ -20,11 +19,10 @@ from trainer.data.roll import Roll
 from trainer.data.topology import Topology
 from trainer.denoiser import Denoiser
 from trainer.ema import Ema
-from trainer.encoder_cache.base import EncodingCache, Job
-from trainer.encoder_cache.memory import in_memory
+from trainer.encoding import Encoders, encoded
 from trainer.errors import UserError
 from trainer.kernels import arrange, compile_networks, eagerly
-from trainer.latents import CachedLatents, LatentSource, OnlineVae
+from trainer.latents import CachedLatents, LatentSource
 from trainer.preflight import Preflight
 from trainer.run.rundir import RunDir
 from trainer.runtime import Runtime
@@ -32,8 +30,6 @@ from trainer.sampler import Sampler
 from trainer.state import TrainState, trainable_weights
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
-
     from trainer.models.base import Components
 
 
@@ -84,39 +80,6 @@ class Training:
         self.encoders.rest()
 
 
-class Encoders:
-    """The VAE and the text encoder on the run's device, each from when it is first asked for."""
-
-    def __init__(self, components: Components, device: torch.device, vae_precision: str):
-        self._components, self._device, self._vae_precision = components, device, vae_precision
-        self._vae: OnlineVae | None = None
-        self.needed = {"vae", "text_encoder"}  # at every step
-
-    def vae(self) -> OnlineVae:
-        """The frozen VAE."""
-        if self._vae is None:
-            network = self._components.vae
-            nn.Module.to(network, self._device)
-            self._vae = OnlineVae(network, self._vae_precision)
-        return self._vae
-
-    def text_encoder(self) -> CLIPTextModel:
-        """The text encoder."""
-        network = self._components.text_encoder
-        # Not if it is there already: `to` would put other gradients in the place of those that DDP's buckets hold.
-        if next(network.parameters()).device.type != self._device.type:  # `cpu` and `cpu:0` are one device
-            nn.Module.to(network, self._device)
-        return network
-
-    def rest(self) -> None:
-        """Free those that no step needs."""
-        if "vae" not in self.needed:
-            self._vae = None
-            self._components.forget("vae")
-        if "text_encoder" not in self.needed:
-            self._components.forget("text_encoder")
-
-
 def assemble(
     checked: Preflight, runtime: Runtime, run_dir: RunDir, start: Found | None, first_step_only: bool = False
 ) -> Training:
@@ -150,7 +113,7 @@ def assemble(
     if compiled:
         runtime.say(
             f"compile {compiled} part{'s' * (compiled > 1)} of {', '.join(modules)} x {shapes} shape"
-            f"{'s' * (shapes > 1)} of a batch, each at its first step: minutes"
+            f"{'s' * (shapes > 1)} of a batch, alike parts once: minutes, at the first step of each shape"
         )
     state = TrainState(modules, config.optimizer.build(trainable_weights(modules)), None, runtime.scaler)
     if config.ema is not None:
@@ -204,48 +167,6 @@ def _samples(
         seed=validation.seed,
     )
     return trained, held_out
-
-
-def encoded(
-    checked: Preflight,
-    cache: EncodingCache,
-    roll: Roll,
-    components: Components,
-    encoders: Encoders,
-    runtime: Runtime,
-    only: Iterable[int] | None = None,
-) -> Encoded:
-    """Everything that the run needs encoded; of the encoders, those are in memory that are needed for something new.
-
-    With `only` these records alone, in memory.
-    """
-    with_text = cache.keeps_text(checked.config.model.train_text_encoder)
-    if only is None:
-        kept = cache.encode(job_of(checked, roll, components, encoders, runtime.device), with_text, runtime)
-    else:
-        job = job_of(checked, roll.only(only), components, encoders, runtime.device)
-        kept = in_memory(job, cache.crops, with_text, runtime)
-    encoders.needed -= {"vae", "text_encoder"} if with_text else {"vae"}
-    encoders.rest()
-    return kept
-
-
-def job_of(checked: Preflight, roll: Roll, components: Components, encoders: Encoders, device: torch.device) -> Job:
-    """What the run wants encoded, and by what."""
-    config, survey = checked.config, checked.survey
-    return Job(
-        source=config.data,
-        records=checked.records,
-        roll=roll,
-        most_held_out=0 if config.validation is None else config.validation.max_records,
-        family=config.model,
-        components=components,
-        vae=encoders.vae,
-        text_encoder=encoders.text_encoder,
-        device=device,
-        contents=survey.contents if survey else None,
-        sizes=survey.sizes if survey else None,
-    )
 
 
 def first_components(config: Config) -> Components:

@@ -31,8 +31,9 @@ class Watchdog:
     def watch(self, steps: Callable[[], int], lost: Callable[[Sequence[int]], None]) -> None:
         """Begin, and go on until `end`: call `lost`, once and from a thread, with the ranks that are lost.
 
-        They have been silent for the time-out, or have said that they are gone, and the main thread, whose number of
-        steps done is `steps`, has not moved for that long, or for GRACE_SECONDS: plus the longest step so far.
+        A rank is lost if it has been silent for the time-out and GRACE_SECONDS, or has said that it failed. Nothing
+        is called while the main thread still moves: `steps` gives the steps it has done, and has to stand still for as
+        long (for 2 GRACE_SECONDS after a failure), plus the time of the longest step so far.
         """
         self._thread = threading.Thread(target=self._watch, args=(steps, lost), name="watchdog", daemon=True)
         self._thread.start()

@@ -317,7 +317,7 @@ class TwoRanks:
 
 
 def test_two_ranks_build_the_files_that_one_rank_builds_bit_for_bit(config: Path, tmp_path: Path, runtime: Runtime):
-    from trainer.training import Encoders, job_of
+    from trainer.encoding import Encoders, job_of
 
     folders = {}
     for ranks in (1, 2):

@@ -110,7 +110,7 @@ class Adherence(CollectiveHook):
 
         components = first_components(training.config)
         for network in (components.unet, components.text_encoder):
-            network.to(training.runtime.device).eval()
+            network.to(training.runtime.device).eval()  # pyright: ignore[reportArgumentType]
         sampler = training.sampler(self.sampler_steps, self.guidance)
         sampler = replace(sampler, components=components, at_once=AT_ONCE)
         with training.runtime.autocast():

@@ -93,21 +93,20 @@ class Checkpointing(CollectiveHook):
             **self.sidecar_facts,
         }
         if not last and self.background and self._room_for(content):
-            with training.runtime.copying() as there:
+            with training.runtime.copies_to_host() as wait_for_copy:
                 self._copy = copied(content, self._copy)
-            arguments = (training.run_dir, self._copy, facts, there)
+            arguments = (training.run_dir, self._copy, facts, wait_for_copy)
             self._thread = threading.Thread(target=self._write, args=arguments, name=f"checkpoint-{state.step}")
             self._thread.start()
         else:
-            self._write(training.run_dir, content, facts)
+            self._write(training.run_dir, content, facts, wait_for_copy=lambda: None)
 
     def _write(
-        self, run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any], there: Callable[[], None] | None = None
+        self, run_dir: RunDir, content: dict[str, Any], facts: dict[str, Any], wait_for_copy: Callable[[], None]
     ) -> None:
         self._problem = "the save did not end"
         try:
-            if there is not None:
-                there()
+            wait_for_copy()
             save_checkpoint(run_dir, content, facts)
             self._problem = None
         except OSError as error:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from runs import checkpoint, manifest, train
 
+from trainer.auto_values import MOST_ERROR, bf16_error, vae_precision
 from trainer.config_file import load_config
 from trainer.models.tiny import tiny_vae
 from trainer.preflight import preflight
 from trainer.runtime import Runtime
-from trainer.settle import MOST_ERROR, bf16_error, vae_precision
 
 AUTO = "model.vae_precision=auto"
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -48,7 +48,7 @@ def test_a_vae_that_leaves_the_numbers_of_bf16_is_infinitely_wrong():
 
 
 def test_a_vae_that_is_off_in_bf16_stays_in_fp32(config, monkeypatch):
-    monkeypatch.setattr("trainer.settle.bf16_error", lambda vae, pixels: MOST_ERROR * 1.01)
+    monkeypatch.setattr("trainer.auto_values.bf16_error", lambda vae, pixels: MOST_ERROR * 1.01)
     checked = preflight(load_config(config, [AUTO]), 0, 1)
     assert vae_precision(checked, torch.device("cpu"), has_bf16=True)[0] == "fp32"
 

@@ -12,9 +12,9 @@ import torch
 
 from trainer.data.transforms import as_float
 from trainer.encoder_cache.base import Pictures, Shown
+from trainer.encoding import Encoders, job_of
 from trainer.errors import UserError
 from trainer.latents import OnlineVae
-from trainer.training import Encoders, job_of
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -29,23 +29,23 @@ PICTURES = 4  # of the first batch, that both precisions encode
 MOST_ERROR = 0.03  # root mean square of the means' difference, over that of the means: bf16 has 8 bits, 0.4 %
 
 
-def as_settled(config: Config, saved: dict[str, Any]) -> Config:
+def with_resolved(config: Config, saved: dict[str, Any]) -> Config:
     """The config with what a `saved` one of the same run decided in the place of `auto`."""
     kept = saved.get("model", {}).get("vae_precision")
-    return _with(config, kept) if config.model.vae_precision == "auto" and kept is not None else config
+    return _with_vae_precision(config, kept) if config.model.vae_precision == "auto" and kept is not None else config
 
 
-def settled(checked: Preflight, runtime: Runtime, start: Found | None) -> Preflight:
+def resolve_auto(checked: Preflight, runtime: Runtime, start: Found | None) -> Preflight:
     """The run without any `auto`: as its checkpoint has it, else decided now. Every rank calls it."""
     if checked.config.model.vae_precision != "auto":
         return checked
 
     def decide() -> Config:
         if start is not None:
-            return as_settled(checked.config, start.load()["config"])
+            return with_resolved(checked.config, start.load()["config"])
         precision, why = vae_precision(checked, runtime.device, runtime.has_bf16)
         runtime.say(f"vae    in {precision} from now on: {why}")
-        return _with(checked.config, precision)
+        return _with_vae_precision(checked.config, precision)
 
     return replace(checked, loaded=replace(checked.loaded, config=runtime.from_main(decide)))
 
@@ -82,6 +82,6 @@ def bf16_error(vae: AutoencoderKL, pixels: Tensor) -> float:
     return error if torch.isfinite(rough).all() else float("inf")
 
 
-def _with(config: Config, precision: str) -> Config:
+def _with_vae_precision(config: Config, precision: str) -> Config:
     model = config.model.model_copy(update={"vae_precision": precision})
     return config.model_copy(update={"model": model})
