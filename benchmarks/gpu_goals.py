@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
+HOST_MICROSECONDS = 500  # of a step without the network, on one core
 
 
 def goals(rows: Iterable[Row]) -> Iterator[str]:
@@ -36,6 +37,9 @@ def goals(rows: Iterable[Row]) -> Iterator[str]:
             best = max(percents, key=lambda name: percents[name])
             goal = 46 if plans[best]["pixels"] >= 512 else 30
             yield line(stem, f"percent of the matmul rate ({best})", percents[best], goal, True)
+        for row in plans.values():
+            if row.get("ranks") == 1 and "microseconds" in row:
+                yield line(stem, "microseconds of the host", row["microseconds"], HOST_MICROSECONDS, False)
 
 
 def is_goal_of_speed(name: str, row: Row) -> bool:

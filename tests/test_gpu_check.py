@@ -213,6 +213,12 @@ def test_goals_are_judged_by_what_was_measured_rightly():
     ]
 
 
+def test_the_hosts_microseconds_are_judged_on_one_rank():
+    name = "host: microseconds of a step without the network"
+    rows = [{"name": f"{name}, {ranks} ranks", "ranks": ranks, "microseconds": 499.0 + ranks} for ranks in (1, 2)]
+    assert list(goals(rows)) == ["met    host: microseconds of the host 500, goal <= 500"]
+
+
 def test_a_benchmark_of_a_checkout_not_installed_writes_its_json(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "PACKAGES", ("pytest", "a-checkout-that-was-copied"))
     comparison.conclude({"figure": 1}, [], tmp_path / "result.json")
