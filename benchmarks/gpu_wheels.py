@@ -16,17 +16,11 @@ PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux_2_17_x86_64", "any")
 PURE = (
     *("diffusers", "pydantic", "annotated-types", "typing-inspection", "typing-extensions", "nvidia-ml-py"),
-    *(
-        "requests",
-        "urllib3",
-        "charset-normalizer",
-        "idna",
-        "certifi",
-    ),  # diffusers asks for the first
+    # What diffusers asks for, and what that needs.
+    *("requests", "urllib3", "charset-normalizer", "idna", "certifi"),
 )
 COMPILED = ("pydantic-core",)
 BEYOND_CONSTRAINTS = ("httpx==0.28.1",)  # diffusers imports it; newer hubs bring another client
-
 OURS = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "trainer")  # what a wheel is made of
 
 

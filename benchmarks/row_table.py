@@ -18,24 +18,15 @@ COLUMNS = (
     ("power_draw", "W", 6),
 )
 FURTHER = (
-    *(
-        "unavailable",
-        "loss_gap",
-        "fp32_error",
-        "attention",
-        "gb_per_second",
-        "stall_ms",
-        "longest_ms",
-        "microseconds",
-        "parts",
-    ),
-    *("first_forward_seconds", "forward_ms", "versions", "smi", "result", "seconds", "row_seconds"),
+    *("unavailable", "loss_gap", "fp32_error", "attention", "gb_per_second", "stall_ms", "longest_ms"),
+    *("microseconds", "parts", "first_forward_seconds", "forward_ms", "versions", "smi", "result", "seconds"),
+    "row_seconds",
 )
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """All rows under one head; what has no column of its own follows, and an error or why a row was not run."""
-    rows = [row for row in rows if not row.get("hidden")]
+    rows = list(rows)
     width = max([len(str(row["name"])) for row in rows] or [4])
     lines = ["name".ljust(width) + "".join(head.rjust(wide) for _, head, wide in COLUMNS)]
     for row in rows:
