@@ -16,7 +16,8 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import TimeoutExpired
 from types import TracebackType
@@ -36,6 +37,9 @@ IMPORTS = (
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(list(IMPORTS))
 _STARTING = threading.Lock()
+# An exit code is read once from a pipe, by whoever looks first; a start looks at all processes there are. Of two
+# threads that read the same one, one would find the pipe at its end, which multiprocessing takes for exit code 255.
+_READING = threading.Lock()
 _started = False
 
 
@@ -65,7 +69,8 @@ class Job:
             for of_rank in of_ranks
         ]
         for process in self.processes:
-            process.start()
+            with _READING:
+                process.start()
         theirs.close()
         self.stdout: IO[str] = os.fdopen(os.dup(ours.fileno()), encoding="utf-8", errors="replace")
         ours.close()
@@ -78,7 +83,7 @@ class Job:
 
     @property
     def returncode(self) -> int | None:
-        return self.processes[0].exitcode
+        return _exit_code(self.processes[0])
 
     def poll(self) -> int | None:
         return self.returncode
@@ -87,8 +92,8 @@ class Job:
         """The exit code of rank 0, once all ranks have ended; raises TimeoutExpired."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for process in self.processes:
-            process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if process.exitcode is None:
+            wait([process.sentinel], None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if _exit_code(process) is None:
                 raise TimeoutExpired("difftrain", timeout or 0)
         code = self.returncode
         assert code is not None
@@ -121,7 +126,7 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if kind is not None or self.processes[0].is_alive():
+            if kind is not None or self.poll() is None:
                 self.kill()
             self.wait(60)
         except TimeoutExpired:
@@ -149,6 +154,11 @@ class _Watchdog:
     def __exit__(self, *_: object) -> None:
         if self.alarm is not None:
             self.alarm.cancel()
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    with _READING:
+        return process.exitcode
 
 
 def difftrain(*arguments: str, cwd: Path, ranks: int = 1, **more: str) -> tuple[int, str]:
